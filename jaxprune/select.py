@@ -1,0 +1,110 @@
+"""The exact smallest elements of an array, for many counts at once, under `jit`.
+
+Flat scores and counts come in, masks of what is kept go out; `masks` gives them their shapes.
+A count is a value, not a constant of the program, so levels, seeds and criteria can be vmapped.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune.types import Array
+
+_SORT_BELOW = 30_000  # elements; measured on a CPU, below it one int32 sort beats five passes
+_INDEX_BITS = 11
+
+
+@jax.jit
+def keep_largest(scores: Array, counts: Array) -> Array:
+    """Keep all but the `counts` smallest scores; among equal ones the lower index goes first.
+
+    Scores are ordered as numbers; -0 equals 0.
+
+    Args:
+        scores: (n,) real numbers without NaN, n at least 1.
+        counts: (levels,) int32 in [0, n].
+
+    Returns:
+        (levels, n) bool with exactly `counts` False in each row; rows are nested.
+
+    Example:
+        >>> keep_largest(jnp.array([3.0, 1.0, 2.0]), jnp.array([0, 2])).tolist()
+        [[True, True, True], [True, False, False]]
+    """
+    bits = _ordered_bits(scores)
+    if bits.size < _SORT_BELOW or bits.dtype.itemsize > 4:
+        return _by_sort(bits, counts)
+    # On a GPU a sort is a fraction of a millisecond, and scattered additions contend.
+    return jax.lax.platform_dependent(bits, counts, cpu=_by_histograms, default=_by_sort)
+
+
+def _ordered_bits(scores: Array) -> Array:
+    """Map floats to unsigned integers of the same order."""
+    if not jnp.issubdtype(scores.dtype, jnp.floating) or scores.dtype.itemsize < 4:
+        scores = scores.astype(jnp.float32)
+    dtype = jnp.uint32 if scores.dtype.itemsize == 4 else jnp.uint64
+    bits = jax.lax.bitcast_convert_type(scores, dtype)
+    sign = jnp.array(1 << (8 * bits.dtype.itemsize - 1), dtype)
+    # On bits, since a CPU that flushes denormals takes them for zeros in a comparison of floats.
+    bits = jnp.where(bits == sign, jnp.zeros_like(bits), bits)
+    return jnp.where(bits >= sign, ~bits, bits | sign)
+
+
+def _by_sort(bits: Array, counts: Array) -> Array:
+    """Take the threshold from a sort and tell equal elements apart by a running count."""
+    in_order = jnp.sort(bits)
+
+    def keep(count: Array) -> Array:
+        threshold = in_order[jnp.maximum(count - 1, 0)]
+        less = bits < threshold
+        equal = bits == threshold
+        wanted = count - less.sum(dtype=jnp.int32)
+        return ~(less | (equal & (jnp.cumsum(equal, dtype=jnp.int32) <= wanted)))
+
+    return jax.vmap(keep)(counts)
+
+
+def _by_histograms(bits: Array, counts: Array) -> Array:
+    """Find every level's last pruned element digit by digit, of its bits and then of its index.
+
+    The element of rank `count - 1` in the order (bits, index) is unique. Each pass makes one
+    histogram of the next digit for all levels: an element belongs to the slot of the levels whose
+    digits so far are its own, and to no other, so a pass costs the same for any number of levels.
+    """
+    (size,), (levels,) = bits.shape, counts.shape
+    index = jnp.arange(size, dtype=jnp.uint32)
+    high_index = -(-size // (1 << _INDEX_BITS))
+    digits = [
+        (bits >> 21, 1 << 11),
+        ((bits >> 10) & 0x7FF, 1 << 11),
+        (bits & 0x3FF, 1 << 10),
+        (index >> _INDEX_BITS, high_index),
+        (index & ((1 << _INDEX_BITS) - 1), 1 << _INDEX_BITS),
+    ]
+    rank = jnp.maximum(counts - 1, 0)  # among the elements of the level's slot
+    slot_of_level = jnp.zeros(levels, jnp.int32)
+    slot = jnp.zeros(size, jnp.int32)  # of each element; `levels` where it is in no level's
+    found = []
+    for digit, width in digits:
+        digit = digit.astype(jnp.int32)
+        cell = slot * width + digit
+        histogram = jnp.zeros((levels + 1) * width, jnp.int32).at[cell].add(
+            1, mode="promise_in_bounds")  # fmt: skip
+        below = jnp.cumsum(histogram.reshape(levels + 1, width), axis=1)[slot_of_level]
+        chosen = jax.vmap(lambda b, r: jnp.searchsorted(b, r, side="right"))(below, rank)
+        chosen = chosen.astype(jnp.int32)
+        before = jnp.take_along_axis(below, jnp.maximum(chosen - 1, 0)[:, None], axis=1)[:, 0]
+        rank = rank - jnp.where(chosen > 0, before, 0)
+        cell_of_level = slot_of_level * width + chosen
+        # Levels that share a cell share the slot of the first of them.
+        slots = jnp.full((levels + 1) * width, levels, jnp.int32)
+        slots = slots.at[cell_of_level].min(jnp.arange(levels, dtype=jnp.int32))
+        slot_of_level, slot = slots[cell_of_level], slots[cell]
+        found.append(chosen.astype(jnp.uint32))
+    threshold = (found[0] << 21) | (found[1] << 10) | found[2]
+    last = (found[3] << _INDEX_BITS) | found[4]
+
+    def keep(count: Array, threshold: Array, last: Array) -> Array:
+        pruned = (bits < threshold) | ((bits == threshold) & (index <= last))
+        return ~pruned | (count == 0)
+
+    return jax.vmap(keep)(counts, threshold, last)

@@ -1,0 +1,484 @@
+"""A whole sweep: train a network, prune it at every level, one-shot and trained, and score it all.
+
+A sweep is made of groups. A seed's dense group trains the dense network and, after every epoch,
+scores it pruned at all levels (`one_shot`). A trained group, one a method and seed, branches off it
+and trains all levels at once, each under its masks. After every epoch a group writes its rows and
+then its state, so a kill costs an epoch of one group at most.
+"""
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxprune import config, evaluate, schedules, sparsity, trees
+from jaxprune.data import Data
+from jaxprune.masks import apply_masks, masks_at, warn_of_emptied
+from jaxprune.results import Row
+from jaxprune.scores import magnitude
+from jaxprune.study.curve import Remaining, keep_all, make_rows, sizes_of
+from jaxprune.study.record import Record
+from jaxprune.train import TrainState, batch_indices, init_state, make_train
+from jaxprune.types import Apply, Array, Counts, Masks, Metrics, Params, Prunable, Scope, Scores
+
+UPDATES_PER_EPOCH = 10
+_CALL_SECONDS = 4.0  # the length of a training call that is aimed at; Ctrl-C is heard between calls
+_EVALUATION_BATCH = 1000
+
+
+class TrainingDiverged(ArithmeticError):
+    """A loss that is not finite; the message names the epoch, the level and the seed."""
+
+
+class Progress(NamedTuple):
+    """Where a sweep is, told after every training call."""
+
+    seed: int
+    protocol: str  # `dense` in the dense group
+    method: str
+    epoch: int
+    epochs: int
+    levels: tuple[float, ...]  # in percent
+    losses: tuple[float, ...]  # each level's mean training loss over the call, in nats
+    rate: float  # training examples a second, all levels counted
+    done: float  # the part of the sweep that is done, in [0, 1]
+    seconds_left: float
+
+
+def run_sweep(
+    init: Callable[[Array], Params],
+    apply: Apply,
+    data: Data,
+    *,
+    seeds: int = 1,
+    levels: Sequence[float] = config.LEVELS,
+    epochs: int = 2,
+    methods: Sequence[str] = config.METHODS,
+    protocols: Sequence[str] = config.PROTOCOLS,
+    batch_size: int = 128,
+    optimizer: optax.GradientTransformation | None = None,
+    scores: Callable[[Params], Scores] = magnitude,
+    scope: Scope = "layer",
+    prunable: Prunable | None = None,
+    remaining: Remaining | None = None,
+    run_dir: Path | str | None = None,
+    settings: dict[str, Any] | None = None,
+    report: Callable[[Progress], None] | None = None,
+    note: Callable[[str], None] | None = None,
+) -> list[Row]:
+    """Train a network, prune it at every level, one-shot and trained, and score it all.
+
+    All levels and methods of a seed share its initial weights and batch order. In the protocol
+    `trained` the levels branch off the dense run after the dense epochs of `config.phases`, with
+    its optimizer state; the sparsity then follows `schedules.cubic` over 10 updates a pruning
+    epoch, each of which selects anew among what is still kept.
+
+    Args:
+        init: `init(key) -> params`.
+        apply: `apply(params, x) -> logits`.
+        data: training, validation and test examples.
+        seeds: how many; seed n trains from `jax.random.key(n)`.
+        levels: sparsities in percent.
+        epochs: of the dense run, and of the `trained` protocol in all.
+        methods: `weight`, `unit` or both.
+        protocols: `one_shot`, `trained` or both.
+        batch_size: examples in a training batch.
+        optimizer: any optax transformation; by default Adam with step size 1e-3.
+        scores: the criterion.
+        scope: `layer` or `global`.
+        prunable: which leaves take part; see `trees.prunable_leaves`.
+        remaining: counts the weights left once pruned units are removed, such as
+            `models.mlp_remaining`; without it rows say None.
+        run_dir: where rows, settings and checkpoints are kept, and found again: the same call
+            goes on with what is there. None keeps nothing.
+        settings: further settings to record and to compare, such as the optimizer's.
+        report: told of the progress after every training call.
+        note: told, in a line, of what is out of the ordinary, such as a corrupt checkpoint.
+
+    Returns:
+        All rows, in the order computed.
+
+    Raises:
+        ValueError: a setting out of range, or a run directory made with other settings.
+        TrainingDiverged: a loss is not finite; the rows before it are kept.
+        OSError: the run directory cannot be written.
+    """
+    config.check_levels(tuple(levels))
+    config.check_choices("methods", tuple(methods), config.METHODS)
+    config.check_choices("protocols", tuple(protocols), config.PROTOCOLS)
+    config.check_at_least_one(seeds=seeds, epochs=epochs)
+    if not 1 <= batch_size <= len(data.train.y):
+        raise ValueError(
+            f"batch_size must be in [1, {len(data.train.y)}], the size of the training set, "
+            f"got {batch_size}"
+        )
+    say = note or (lambda _: None)
+    pruned_levels = tuple(level for level in levels if level != 0)
+    dense_epochs, pruning_epochs, _ = config.phases(epochs)
+
+    def group_of(row: Row) -> str:
+        shared = row.protocol == "one_shot" or not row.target_sparsity or row.epoch <= dense_epochs
+        return _dense(row.seed) if shared else _trained(row.method, row.seed)
+
+    record = Record(
+        None if run_dir is None else Path(run_dir),
+        {
+            "levels": list(levels), "epochs": epochs, "methods": list(methods),
+            "protocols": list(protocols), "batch_size": batch_size,
+            "criterion": scores.__name__, "scope": scope, "data_sha256": _digest(data),
+            **(settings or {}),
+        },
+        seeds, group_of, say,
+    )  # fmt: skip
+    _Sweep(
+        init=init, apply=apply, optimizer=optimizer or optax.adam(1e-3), scores=scores,
+        data=jax.tree.map(jnp.asarray, data), record=record, report=report or (lambda _: None),
+        levels=tuple(levels), epochs=epochs, methods=tuple(methods), protocols=tuple(protocols),
+        batch_size=batch_size, scope=scope, prunable=prunable, remaining=remaining,
+    ).run(seeds)  # fmt: skip
+    return record.rows
+
+
+class _Program:
+    """A function compiled ahead of time, so that compiling is told apart from running."""
+
+    def __init__(self, f: Callable, record: Record):
+        self.jitted, self.record = jax.jit(f), record
+        self.compiled: dict[Any, Any] = {}
+
+    def __call__(self, *args: Any) -> tuple[Any, float]:
+        """Return the result, computed, and the seconds it took."""
+        leaves, treedef = jax.tree.flatten(args)
+        key = (treedef, *((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves))
+        if key not in self.compiled:
+            started = time.perf_counter()
+            self.compiled[key] = self.jitted.lower(*args).compile()
+            self.record.add_seconds("compilation", time.perf_counter() - started)
+        started = time.perf_counter()
+        result = jax.block_until_ready(self.compiled[key](*args))
+        return result, time.perf_counter() - started
+
+
+class _Sweep:
+    """The compiled programs of a sweep, and the loops over seeds, epochs and calls that run them."""
+
+    def __init__(
+        self, *, init: Callable[[Array], Params], apply: Apply,
+        optimizer: optax.GradientTransformation, scores: Callable[[Params], Scores], data: Data,
+        record: Record, report: Callable[[Progress], None], levels: tuple[float, ...], epochs: int,
+        methods: tuple[str, ...], protocols: tuple[str, ...], batch_size: int, scope: Scope,
+        prunable: Prunable | None, remaining: Remaining | None,
+    ):  # fmt: skip
+        self.init, self.optimizer, self.data = init, optimizer, data
+        self.record, self.report = record, report
+        self.levels, self.epochs, self.methods, self.protocols = levels, epochs, methods, protocols
+        self.batch_size, self.prunable, self.remaining = batch_size, prunable, remaining
+        self.scope, self.criterion = scope, scores.__name__
+        self.pruned = tuple(level for level in levels if level != 0)
+        self.targets = [config.sparsity_of_level(level) for level in self.pruned]
+        self.dense_epochs, self.pruning_epochs, _ = config.phases(epochs)
+        self.steps = len(data.train.y) // batch_size
+        self.step_seconds: dict[int, float] = {}  # of a training step, by the number of levels
+
+        def select(method: str, params: Params, masks: Masks | None, counts: Counts) -> Masks:
+            params = params if masks is None else apply_masks(params, masks)
+            return masks_at(scores(params), counts, within=masks, **self.options(method))
+
+        def select_each(method: str, params: Params, masks: Masks, counts: Counts) -> Masks:
+            return trees.map_levels(lambda level: select(method, *level), (params, masks, counts))
+
+        score = partial(
+            evaluate.score, apply=apply, batch_size=_EVALUATION_BATCH, levels_at_once=None
+        )
+        self.train = _Program(make_train(apply, optimizer), record)
+        self.score = _Program(score, record)
+        self.select = {m: _Program(partial(select, m), record) for m in methods}
+        self.select_each = {m: _Program(partial(select_each, m), record) for m in methods}
+
+    def options(self, method: str) -> dict[str, Any]:
+        """Return what `counts` and `masks_at` are to agree on."""
+        return {"granularity": method, "scope": self.scope, "prunable": self.prunable}
+
+    def run(self, seeds: int) -> None:
+        """Run, or go on with, all seeds."""
+        shapes = jax.eval_shape(self.init, jax.random.key(0))
+        for method in self.methods:
+            counts = sparsity.counts(shapes, self.targets, **self.options(method))
+            warn_of_emptied(shapes, counts, method, self.prunable)
+        starts = [self.resume(seed) for seed in range(seeds)]
+        self.work = sum(self.work_of(*start) for start in starts)
+        self.worked, self.started = 0.0, time.perf_counter()
+        for seed, start in enumerate(starts):
+            self.run_seed(seed, *start)
+        self.record.thin(keep=set())
+        self.record.finish()
+
+    def work_of(self, dense: int, trained: dict[str, int]) -> float:
+        """Return the work left of a seed, in forward passes of an example."""
+        pruned, methods = len(self.pruned), len(self.methods)
+        scored = len(self.data.val.y) + len(self.data.test.y)
+        training = 3 * self.steps * self.batch_size  # a backward pass costs two forward passes
+        one_shot = pruned * methods if "one_shot" in self.protocols else 0
+        return (self.epochs - dense) * (training + scored * (1 + one_shot)) + sum(
+            (self.epochs - max(start, self.dense_epochs)) * pruned * (training + scored)
+            for start in trained.values()
+        )
+
+    def resume(self, seed: int) -> tuple[int, dict[str, int]]:
+        """Return the epochs after which a seed's dense and trained groups go on."""
+        trained = {
+            method: self.record.resume(
+                _trained(method, seed), {"params", "masks"}, {"params", "masks", "opt_state"},
+                lambda epoch: len(self.pruned) * (epoch > self.dense_epochs),
+            )
+            for method in self.methods if "trained" in self.protocols and self.pruned
+        }  # fmt: skip
+
+        def expected(epoch: int) -> int:
+            rows = len(self.protocols) * (0 in self.levels)
+            rows += len(self.pruned) * ("one_shot" in self.protocols)
+            rows += len(self.pruned) * ("trained" in self.protocols and epoch <= self.dense_epochs)
+            return rows * len(self.methods)
+
+        group, state = _dense(seed), {"params", "opt_state", "predictions"}
+        dense = self.record.resume(group, {"params", "one_shot", "predictions"}, state, expected)
+        branch = self.dense_epochs
+        if 0 < branch <= dense and 0 in trained.values() and not self.record.holds(
+            group, branch, state
+        ):  # fmt: skip
+            self.record.note(f"{group} starts again: its state after epoch {branch} is lost")
+            self.record.forget(group, 0)
+            dense = 0
+        return dense, trained
+
+    def run_seed(self, seed: int, dense: int, trained: dict[str, int]) -> None:
+        branch, predictions = self.run_dense(seed, dense, any(e == 0 for e in trained.values()))
+        for method, start in trained.items():
+            if start < self.epochs:
+                self.run_trained(method, seed, start, branch, predictions)
+
+    def run_dense(
+        self, seed: int, start: int, branching: bool
+    ) -> tuple[TrainState | None, np.ndarray]:
+        """Train a seed's dense network and score it, dense and one-shot, after every epoch.
+
+        Returns:
+            The state after the dense epochs, with a levels axis of one, if it is wanted; and the
+            predictions on test, (epochs, examples), -1 where not known.
+        """
+        group, load = _dense(seed), self.load_state
+        branch = None
+        if start == 0:
+            state = _stack(init_state(self.init(_keys(seed)[0]), self.optimizer), 1)
+            predictions = np.full((self.epochs, len(self.data.test.y)), -1, np.int32)
+            branch = state if self.dense_epochs == 0 else None
+        else:
+            predictions = self.record.load(group, start, "predictions").copy()
+            state = _stack(load(group, start), 1) if start < self.epochs else None
+        if branching and branch is None and self.dense_epochs <= start:
+            branch = _stack(load(group, self.dense_epochs), 1)
+        keep_whole = {f"{group}/{self.dense_epochs}"} if "trained" in self.protocols else set()
+        for epoch in range(start + 1, self.epochs + 1):
+            masks = keep_all(_first(state.params))
+            state, masks, seconds = self.train_epoch(state, masks, seed, "dense", "", epoch, {})
+            (scored, labels), eval_seconds = self.evaluate(state.params, masks, None)
+            self.check_finite(scored.val_loss, seed, "dense", "", epoch)
+            self.record.add_seconds("dense_training", seconds["train_seconds"])
+            self.record.add_seconds("dense_evaluation", eval_seconds)
+            predictions[epoch - 1] = labels[0]
+            params = _first(state.params)
+            rows, pruned = self.shared_rows(seed, epoch, masks, scored), {}
+            if "one_shot" in self.protocols and self.pruned:
+                pruned = {m: self.one_shot(m, params, labels[0]) for m in self.methods}
+                for method, (found, sizes, metrics, seconds) in pruned.items():
+                    identity = self.identity("one_shot", method, seed, epoch)
+                    rows += make_rows(identity, self.pruned, metrics, sizes, seconds)
+            self.record.append(rows)
+            items: dict[str, Any] = {}
+            if epoch == self.epochs:
+                items["one_shot"] = {method: found for method, (found, *_) in pruned.items()}
+            self.record.save(
+                group, epoch, keep_whole, params=params, opt_state=_first(state.opt_state),
+                predictions=predictions, **items,
+            )  # fmt: skip
+            branch = state if epoch == self.dense_epochs else branch
+        return branch, predictions
+
+    def shared_rows(self, seed: int, epoch: int, masks: Masks, scored: Metrics) -> list[Row]:
+        """Return the dense network's rows: level 0, and every level while it is still dense."""
+        sizes = sizes_of(masks, self.prunable, self.remaining)
+        rows = []
+        for protocol in self.protocols:
+            dense = protocol == "trained" and epoch <= self.dense_epochs
+            levels = self.levels if dense else [level for level in self.levels if level == 0]
+            same = jax.tree.map(lambda x, n=len(levels): np.repeat(x, n, axis=0), scored)
+            for method in self.methods:
+                identity = self.identity(protocol, method, seed, epoch)
+                rows += make_rows(identity, levels, same, sizes * len(levels), {})
+        return rows
+
+    def one_shot(self, method: str, params: Params, reference: Array) -> tuple[Any, ...]:
+        """Prune a dense network at all levels and score it: masks, sizes, metrics, seconds."""
+        counts = sparsity.counts(params, self.targets, **self.options(method))
+        masks, mask_seconds = self.select[method](params, None, counts)
+        stacked = _stack(params, len(self.pruned))
+        (scored, _), eval_seconds = self.evaluate(stacked, masks, reference)
+        sizes = sizes_of(masks, self.prunable, self.remaining)
+        return masks, sizes, scored, {"mask_seconds": mask_seconds, "eval_seconds": eval_seconds}
+
+    def run_trained(
+        self,
+        method: str,
+        seed: int,
+        start: int,
+        branch: TrainState | None,
+        predictions: np.ndarray,
+    ) -> None:
+        """Train all levels from the branch on, under masks that follow the schedule."""
+        group, count = _trained(method, seed), len(self.pruned)
+        if start:
+            state = self.load_state(group, start, count)
+            masks = jax.tree.map(jnp.asarray, self.record.load(group, start, "masks"))
+        else:
+            assert branch is not None
+            state = jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), branch)
+            masks = keep_all(_first(state.params), count)
+        updates = {
+            step: sparsity.counts(
+                _first(state.params),
+                [schedules.cubic(target, progress) for target in self.targets],
+                **self.options(method),
+            )
+            for step, progress in schedules.update_steps(
+                self.pruning_epochs * self.steps, self.pruning_epochs * UPDATES_PER_EPOCH
+            ).items()
+        }
+        keep_whole = {f"{_dense(seed)}/{self.dense_epochs}"}
+        for epoch in range(max(start, self.dense_epochs) + 1, self.epochs + 1):
+            first = (epoch - self.dense_epochs - 1) * self.steps
+            due = {step - first: n for step, n in updates.items() if 0 <= step - first < self.steps}
+            state, masks, seconds = self.train_epoch(
+                state, masks, seed, "trained", method, epoch, due
+            )
+            (scored, _), seconds["eval_seconds"] = self.evaluate(
+                state.params, masks, predictions[epoch - 1]
+            )
+            self.check_finite(scored.val_loss, seed, "trained", method, epoch)
+            sizes = sizes_of(masks, self.prunable, self.remaining)
+            identity = self.identity("trained", method, seed, epoch)
+            self.record.append(make_rows(identity, self.pruned, scored, sizes, seconds))
+            self.record.save(
+                group, epoch, keep_whole,
+                params=state.params, masks=masks, opt_state=state.opt_state,
+            )  # fmt: skip
+
+    def train_epoch(
+        self, state: TrainState, masks: Masks, seed: int, protocol: str, method: str, epoch: int,
+        updates: dict[int, Counts],
+    ) -> tuple[TrainState, Masks, dict[str, float]]:  # fmt: skip
+        """Train all levels for an epoch, with the updates of the masks that are due in it."""
+        levels = self.pruned if protocol == "trained" else (0.0,)
+        train, seconds = self.data.train, {"train_seconds": 0.0, "mask_seconds": 0.0}
+        key = jax.random.fold_in(_keys(seed)[1], epoch)
+        batches = batch_indices(key, len(train.y), self.batch_size)
+        step = 0
+        while step < self.steps:
+            if step in updates:
+                masks, elapsed = self.select_each[method](state.params, masks, updates[step])
+                seconds["mask_seconds"] += elapsed
+            wanted = max(1, int(_CALL_SECONDS / self.step_seconds.get(len(levels), _CALL_SECONDS)))
+            stop = min([self.steps, step + wanted, *(u for u in updates if u > step)])
+            (state, losses), elapsed = self.train(
+                state, masks, train.x, train.y, batches, np.int32(step), np.int32(stop)
+            )
+            seconds["train_seconds"] += elapsed
+            self.step_seconds[len(levels)] = elapsed / (stop - step)
+            losses = np.asarray(losses)[:, step:stop].mean(axis=1)
+            self.check_finite(losses, seed, protocol, method, epoch)
+            examples = (stop - step) * self.batch_size * len(levels)
+            self.worked += 3 * examples
+            left = (self.work - self.worked) * (time.perf_counter() - self.started) / self.worked
+            self.report(
+                Progress(
+                    seed, protocol, method, epoch, self.epochs, levels, tuple(losses.tolist()),
+                    examples / elapsed, self.worked / self.work, max(left, 0.0),
+                )
+            )  # fmt: skip
+            step = stop
+        return state, masks, seconds
+
+    def evaluate(self, params: Params, masks: Masks, reference: Any) -> tuple[Any, float]:
+        """Score stacked networks: (metrics, predictions), and the seconds it took."""
+        val, test = self.data.val, self.data.test
+        self.worked += len(jax.tree.leaves(masks)[0]) * (len(val.y) + len(test.y))
+        return self.score(params, masks, val, test, reference)
+
+    def check_finite(
+        self, losses: Any, seed: int, protocol: str, method: str, epoch: int
+    ) -> None:
+        wrong = np.flatnonzero(~np.isfinite(losses))
+        if wrong.size:
+            level = self.pruned[wrong[0]] if protocol == "trained" else 0
+            raise TrainingDiverged(
+                f"the loss is not finite at epoch {epoch}, level {level:g}%, seed {seed} "
+                f"({' '.join(filter(None, (protocol, method)))}); try a smaller learning rate"
+            )
+
+    def identity(self, protocol: str, method: str, seed: int, epoch: int) -> dict[str, Any]:
+        return {
+            "protocol": protocol, "criterion": self.criterion, "method": method,
+            "scope": self.scope, "seed": seed, "epoch": epoch,
+        }  # fmt: skip
+
+    def load_state(self, group: str, epoch: int, levels: int | None = None) -> TrainState:
+        """Return a saved state; `levels` is the length of its levels axis, if it has one."""
+
+        def make() -> TrainState:
+            state = init_state(self.init(jax.random.key(0)), self.optimizer)
+            return state if levels is None else _stack(state, levels)
+
+        target = jax.eval_shape(make)
+        return jax.tree.map(
+            jnp.asarray,
+            TrainState(*(
+                self.record.load(group, epoch, name, getattr(target, name))
+                for name in TrainState._fields
+            )),
+        )  # fmt: skip
+
+
+def _dense(seed: int) -> str:
+    return f"dense-seed{seed}"
+
+
+def _trained(method: str, seed: int) -> str:
+    return f"trained-{method}-seed{seed}"
+
+
+def _keys(seed: int) -> Array:
+    """Return the keys of the initial weights and of the batches."""
+    return jax.random.split(jax.random.key(seed))
+
+
+def _stack(tree: Any, levels: int) -> Any:
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (levels, *jnp.shape(x))), tree)
+
+
+def _first(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x[0], tree)
+
+
+def _digest(data: Data) -> str:
+    """Return the SHA-256 of all examples and labels."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(data):
+        digest.update(np.ascontiguousarray(leaf))
+    return digest.hexdigest()

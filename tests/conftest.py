@@ -1,0 +1,43 @@
+"""What all tests share: two CPU devices, strict JAX, checked shapes and types, real data."""
+
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+# Before the first import of jax.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+)
+
+import jax
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Before the first import of a module of the package.
+install_import_hook("jaxprune", "beartype.beartype")
+
+from jaxprune import data  # noqa: E402
+
+hypothesis.settings.register_profile("default", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.fixture(scope="session")
+def fashion_mnist() -> data.Data:
+    """The real data set, as every run sees it; `make data` helps where it is missing."""
+    return data.load("fashion_mnist")
+
+
+@pytest.fixture
+def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache in place of the user's, for the test and the commands it starts."""
+    path = tmp_path / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(path))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tensorflow_datasets"))
+    return path
