@@ -41,11 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Redraw the figures of a run from its rows alone.")
     parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run, or figures/")
     parser.add_argument(
-        "--out", type=Path, help="folder for the figures, made if missing (default: RUN/figures)"
+        "--out", type=Path, required=True, help="folder for the figures, made if missing"
     )
     args = parser.parse_args(argv)
     try:
-        paths = redraw(args.run, args.out or args.run / "figures")
+        paths = redraw(args.run, args.out)
     except (OSError, ValueError) as error:
         print(f"figures.py: {error}", file=sys.stderr)
         return 2

@@ -84,8 +84,10 @@ class Config:
         assert self.seeds is not None and self.epochs is not None  # filled in above
         check_at_least_one(seeds=self.seeds, epochs=self.epochs, batch_size=self.batch_size)
         if not self.hidden_sizes or min(self.hidden_sizes) < 1:
-            raise ValueError(f"hidden_sizes must be one or more sizes of at least 1, "
-                             f"got {list(self.hidden_sizes)}")
+            raise ValueError(
+                f"hidden_sizes must be one or more sizes of at least 1, "
+                f"got {list(self.hidden_sizes)}"
+            )
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ValueError(f"learning_rate must be positive and finite, got {self.learning_rate}")
 
@@ -118,8 +120,9 @@ def check_levels(levels: tuple[float, ...]) -> None:
     if twice:
         raise ValueError(f"levels must be distinct, got {twice[0]:g} more than once")
     if any(levels) and max(levels) <= 1:
-        raise ValueError(f"levels are in percent: for {max(levels):g} as a fraction "
-                         f"give {max(levels) * 100:g}")
+        raise ValueError(
+            f"levels are in percent: for {max(levels):g} as a fraction give {max(levels) * 100:g}"
+        )
 
 
 def sparsity_of_level(level: float) -> Fraction:
@@ -144,8 +147,10 @@ def phases(epochs: int) -> tuple[int, int, int]:
 def check_choices(name: str, given: tuple[str, ...], choices: tuple[str, ...]) -> None:
     """Raise ValueError, naming the choices, where `given` is not some of them, each once."""
     if not given or len(set(given)) < len(given) or not set(given) <= set(choices):
-        raise ValueError(f"{name} must be distinct and among {', '.join(choices)}, "
-                         f"got {' '.join(given) or 'none'}")
+        raise ValueError(
+            f"{name} must be distinct and among {', '.join(choices)}, "
+            f"got {' '.join(given) or 'none'}"
+        )
 
 
 def check_at_least_one(**values: int) -> None:

@@ -93,7 +93,7 @@ def score(
 
     scores, predictions = trees.map_levels(one_level, (params, masks), levels_at_once)
     changed = predictions != (predictions[0] if reference is None else reference)
-    return scores._replace(churn=jnp.mean(changed, axis=1)), predictions
+    return scores._replace(churn=jnp.sum(changed, axis=1) / len(test.y)), predictions
 
 
 class _Batches(NamedTuple):

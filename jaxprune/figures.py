@@ -162,7 +162,7 @@ def calibration_and_churn(rows: Sequence[Row], *, note: str = "") -> Figure | No
     for method, ax in zip(methods, axes[0], strict=True):
         ax.set_title(_NAMES[method])
         ax.axhline(0, color="0.5", linewidth=0.8)
-    looks = [_PROTOCOLS[p] | {"color": "0.2", "label": _NAMES[p]} for p in protocols]
+    looks: list[_Look] = [_PROTOCOLS[p] | {"color": "0.2", "label": _NAMES[p]} for p in protocols]
     looks.append(_SCALED | {"label": "loss after temperature scaling"})
     return _finish(fig, rows, note, [Line2D([], [], **look) for look in looks])
 

@@ -160,7 +160,9 @@ def apply_masks(params: Params, masks: Masks) -> Params:
     trees.check_match("masks", masks, "params", params)
     return jax.tree.map(
         # A leaf that cannot be pruned may have no zero (a random key), nor need one.
-        lambda w, m: jnp.where(m, w, jnp.zeros_like(w)) if _has_zero(w) else w, params, masks
+        lambda w, m: jnp.where(m, w, jnp.zeros_like(w)) if _has_zero(w) else w,
+        params,
+        masks,
     )
 
 
@@ -246,8 +248,9 @@ def _keep_by_layer(
 def _keep_globally(flat: list[Array | None], counts: Counts) -> list[Array | None]:
     sizes = [0 if x is None else x.size for x in flat]
     if jax.tree.structure(counts) != jax.tree.structure(0):
-        raise ValueError("counts of scope 'global' must be one array, got a tree; "
-                         "are they of scope 'layer'?")
+        raise ValueError(
+            "counts of scope 'global' must be one array, got a tree; are they of scope 'layer'?"
+        )
     _check_count("counts", counts, sum(sizes))
     if not sum(sizes):
         return flat
@@ -260,8 +263,9 @@ def _keep_globally(flat: list[Array | None], counts: Counts) -> list[Array | Non
 
 def _check_count(name: str, count: Any, size: int) -> None:
     if np.ndim(count) > 1:
-        raise ValueError(f"{name} must be a number or have one levels axis, "
-                         f"got shape {jnp.shape(count)}")
+        raise ValueError(
+            f"{name} must be a number or have one levels axis, got shape {jnp.shape(count)}"
+        )
     if _concrete(count) and np.size(count) and not (0 <= np.min(count) and np.max(count) <= size):
         raise ValueError(f"{name} must be in [0, {size}], got {np.asarray(count).tolist()}")
 
@@ -270,9 +274,7 @@ def _row(count: Any) -> Array:
     return jnp.atleast_1d(jnp.asarray(count, jnp.int32))
 
 
-def _spread(
-    keep: Array, shape: tuple[int, ...], granularity: Granularity, unit_axis: int
-) -> Array:
+def _spread(keep: Array, shape: tuple[int, ...], granularity: Granularity, unit_axis: int) -> Array:
     """Give kept elements, (..., n), the shape of their leaf."""
     levels = keep.shape[:-1]
     if granularity == "unit":

@@ -174,7 +174,7 @@ def compare_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
+def mean_interval(values: Sequence[int | float]) -> tuple[float, float | None]:
     """Return the mean and half the width of its 95% Student t interval; None for one value."""
     from scipy.special import stdtrit
 
@@ -209,7 +209,7 @@ class Run:
     config: dict[str, Any]
     rows: list[Row]
 
-    def network(self, protocol: str, method: str, seed: int, level: float) -> Network:
+    def network(self, protocol: str, method: str, seed: int, level: int | float) -> Network:
         """Read one network after the last epoch.
 
         Args:

@@ -112,8 +112,9 @@ def batch_indices(key: Array, examples: int, batch_size: int) -> Array:
         ValueError: the batch is empty or larger than the training set.
     """
     if not 1 <= batch_size <= examples:
-        raise ValueError(f"batch_size must be in [1, {examples}], the size of the training set, "
-                         f"got {batch_size}")
+        raise ValueError(
+            f"batch_size must be in [1, {examples}], the size of the training set, got {batch_size}"
+        )
     steps = examples // batch_size
     order = jax.random.permutation(key, examples)[: steps * batch_size]
     return order.reshape(steps, batch_size).astype(jnp.int32)

@@ -72,8 +72,10 @@ def check_match(name: str, tree: Any, reference_name: str, reference: Any) -> No
                 f"{jnp.shape(theirs[path])} in {reference_name}"
             )
     if jax.tree.structure(tree) != jax.tree.structure(reference):
-        raise ValueError(f"{name} and {reference_name} have the same leaves in other containers: "
-                         f"{jax.tree.structure(tree)} and {jax.tree.structure(reference)}")
+        raise ValueError(
+            f"{name} and {reference_name} have the same leaves in other containers: "
+            f"{jax.tree.structure(tree)} and {jax.tree.structure(reference)}"
+        )
 
 
 def map_levels(f: Callable, stacked: Any, levels_at_once: int | None = None) -> Any:
@@ -94,8 +96,12 @@ def _check_leaf(path: str, leaf: Any) -> None:
     dtype = getattr(leaf, "dtype", None)
     if dtype is None or not (jnp.issubdtype(dtype, jnp.floating) or dtype == jnp.bool_):
         kind = dtype if dtype is not None else type(leaf).__name__
-        raise TypeError(f"leaf {path!r} is of {kind} and cannot be pruned: leave it out by "
-                        "`prunable`, which selects it")
+        raise TypeError(
+            f"leaf {path!r} is of {kind} and cannot be pruned: leave it out by "
+            "`prunable`, which selects it"
+        )
     if np.size(leaf) == 0:
-        raise ValueError(f"leaf {path!r} is empty, shape {jnp.shape(leaf)}, and cannot be pruned: "
-                         "leave it out by `prunable`, which selects it")
+        raise ValueError(
+            f"leaf {path!r} is empty, shape {jnp.shape(leaf)}, and cannot be pruned: "
+            "leave it out by `prunable`, which selects it"
+        )

@@ -267,12 +267,16 @@ checkpoints.save(folder / "0001", params=np.arange(10))
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
+def die_once_data_are_written():
+    while not any(folder.glob("0002.tmp/params*/**/d/*")):
+        pass
+    die()
+
 if moment == "writing":
     save = checkpoints.ocp.save
-    def save_and_die(path, item):
-        threading.Thread(target=lambda: [None for _ in iter(
-            lambda: any(folder.glob("0002.tmp/params*/**/d/*")), True)] or die()).start()
-        save(path, item)
+    def save_and_die(*args):
+        threading.Thread(target=die_once_data_are_written).start()
+        save(*args)
         die()
     checkpoints.ocp.save = save_and_die
 elif moment == "renaming":

@@ -67,9 +67,7 @@ def prune_curve(
         masks = jax.block_until_ready(masks_at(scores(params), pruned, **options))
         masked = time.perf_counter()
         scored, _ = jax.block_until_ready(
-            evaluate_levels(
-                apply, params, masks, data, reference=dense[0], batch_size=batch_size
-            )
+            evaluate_levels(apply, params, masks, data, reference=dense[0], batch_size=batch_size)
         )
         identity = {
             "protocol": "one_shot", "criterion": scores.__name__, "method": method,

@@ -64,11 +64,15 @@ class Record:
         """Take over what an earlier call left, if its settings are the same."""
         differences = results.compare_settings(old["settings"], self.config["settings"])
         if differences:
-            raise ValueError(f"{self.folder} holds a run with other settings; give them again, or "
-                             f"another --run-dir. {'; '.join(differences)}")
+            raise ValueError(
+                f"{self.folder} holds a run with other settings; give them again, or "
+                f"another --run-dir. {'; '.join(differences)}"
+            )
         for name in _surroundings():
             if old[name] != self.config[name]:
-                self.note(f"going on with another {name}: {old[name]} then, {self.config[name]} now")
+                self.note(
+                    f"going on with another {name}: {old[name]} then, {self.config[name]} now"
+                )
         self.config["seeds"] = max(old["seeds"], self.config["seeds"])
         self.config["seconds"] = old.get("seconds", {})
 

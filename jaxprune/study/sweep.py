@@ -7,7 +7,6 @@ then its state, so a kill costs an epoch of one group at most.
 """
 
 import dataclasses
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,7 +19,7 @@ import numpy as np
 import optax
 
 from jaxprune import config, evaluate, schedules, sparsity, trees
-from jaxprune.data import Data
+from jaxprune.data import Data, digest
 from jaxprune.masks import apply_masks, masks_at, warn_of_emptied
 from jaxprune.results import Row
 from jaxprune.scores import magnitude
@@ -133,7 +132,7 @@ def run_sweep(
         {
             "levels": list(levels), "epochs": epochs, "methods": list(methods),
             "protocols": list(protocols), "batch_size": batch_size,
-            "criterion": scores.__name__, "scope": scope, "data_sha256": _digest(data),
+            "criterion": scores.__name__, "scope": scope, "data_sha256": digest(data),
             **(settings or {}),
         },
         seeds, group_of, say,
@@ -215,7 +214,7 @@ class _Sweep:
             warn_of_emptied(shapes, counts, method, self.prunable)
         starts = [self.resume(seed) for seed in range(seeds)]
         self.work = sum(self.work_of(*start) for start in starts)
-        self.worked, self.started = 0.0, time.perf_counter()
+        self.worked, self.busy = 0.0, 0.0
         for seed, start in enumerate(starts):
             self.run_seed(seed, *start)
         self.record.thin(keep=set())
@@ -405,11 +404,12 @@ class _Sweep:
             self.check_finite(losses, seed, protocol, method, epoch)
             examples = (stop - step) * self.batch_size * len(levels)
             self.worked += 3 * examples
-            left = (self.work - self.worked) * (time.perf_counter() - self.started) / self.worked
+            self.busy += elapsed
+            left = (self.work - self.worked) * self.busy / self.worked
             self.report(
                 Progress(
                     seed, protocol, method, epoch, self.epochs, levels, tuple(losses.tolist()),
-                    examples / elapsed, self.worked / self.work, max(left, 0.0),
+                    examples / elapsed, self.worked / self.work, left,
                 )
             )  # fmt: skip
             step = stop
@@ -419,11 +419,11 @@ class _Sweep:
         """Score stacked networks: (metrics, predictions), and the seconds it took."""
         val, test = self.data.val, self.data.test
         self.worked += len(jax.tree.leaves(masks)[0]) * (len(val.y) + len(test.y))
-        return self.score(params, masks, val, test, reference)
+        result, elapsed = self.score(params, masks, val, test, reference)
+        self.busy += elapsed
+        return result, elapsed
 
-    def check_finite(
-        self, losses: Any, seed: int, protocol: str, method: str, epoch: int
-    ) -> None:
+    def check_finite(self, losses: Any, seed: int, protocol: str, method: str, epoch: int) -> None:
         wrong = np.flatnonzero(~np.isfinite(losses))
         if wrong.size:
             level = self.pruned[wrong[0]] if protocol == "trained" else 0
@@ -474,11 +474,3 @@ def _stack(tree: Any, levels: int) -> Any:
 
 def _first(tree: Any) -> Any:
     return jax.tree.map(lambda x: x[0], tree)
-
-
-def _digest(data: Data) -> str:
-    """Return the SHA-256 of all examples and labels."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(data):
-        digest.update(np.ascontiguousarray(leaf))
-    return digest.hexdigest()
