@@ -15,8 +15,10 @@ PRESETS: dict[str, dict[str, int]] = {
     "quick": {"epochs": 2, "seeds": 1},
     "challenge": {"epochs": 20, "seeds": 3},
 }
-METHODS = ("weight", "unit")
-PROTOCOLS = ("one_shot", "trained")
+Granularity = Literal["weight", "unit"]
+Protocol = Literal["one_shot", "trained"]
+METHODS: tuple[Granularity, ...] = ("weight", "unit")
+PROTOCOLS: tuple[Protocol, ...] = ("one_shot", "trained")
 LEVELS = (0.0, 25.0, 50.0, 60.0, 70.0, 80.0, 90.0, 95.0, 97.0, 99.0)
 
 
@@ -42,10 +44,10 @@ class Config:
     epochs: int | None = None
     """Epochs of training in all, for the dense and the pruned networks. Default: the preset's."""
 
-    methods: tuple[Literal["weight", "unit"], ...] = METHODS
+    methods: tuple[Granularity, ...] = METHODS
     """What is pruned as one: single weights, or whole units."""
 
-    protocols: tuple[Literal["one_shot", "trained"], ...] = PROTOCOLS
+    protocols: tuple[Protocol, ...] = PROTOCOLS
     """one_shot: pruned after training. trained: pruned during training, then trained masked."""
 
     batch_size: int = 128

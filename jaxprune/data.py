@@ -145,7 +145,7 @@ def digest(data: Data) -> str:
     content = hashlib.sha256()
     for split in data:
         for array in split:
-            content.update(np.ascontiguousarray(array))
+            content.update(np.ascontiguousarray(array).data)
     return content.hexdigest()
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib import colormaps, style
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
@@ -91,7 +92,7 @@ def weight_vs_unit(rows: Sequence[Row], *, note: str = "") -> Figure | None:
     if len(_present(rows, "method")) < 2:
         return None
     sized = [row for row in rows if row.remaining]  # a log axis has no place for 0
-    fig, axes = _panels(2, 2 if sized else 1, height=5, sharey="row")
+    fig, axes = _panels(2, 2 if sized else 1, height=5.0, sharey="row")
     for line, metric in zip(axes, ("accuracy", "loss"), strict=True):
         _level_axis(line[0], rows)
         _curves(line[0], rows, "target_sparsity", metric)
@@ -130,11 +131,13 @@ def epoch_training(rows: Sequence[Row], method: str, *, note: str = "") -> Figur
                 _curve(ax, here, "epoch", metric, label=_percent(level), color=colors[i],
                        marker="os^Dvp"[i % 6], markersize=2.6)  # fmt: skip
             ax.set_xlabel("epochs trained")
-            ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+            whole = MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1)
+            ax.xaxis.set_major_locator(whole)
             _metric_axis(metric, ax, zoom=True)
             _label_lines(ax)
             if span:
-                shades = [ax.axvspan(*span, color="0.95", linewidth=0, label="being pruned")]
+                shade = ax.axvspan(*span, color="0.95", linewidth=0, zorder=0, label="being pruned")
+                shades = [shade]
         column[0].set_title(f"{_NAMES[method]}, {_NAMES[protocol]}")
     return _finish(fig, rows, note, shades)
 
@@ -248,6 +251,9 @@ def _curve(ax: Axes, rows: Sequence[Row], x: str, y: str, **look: Any) -> None:
         low = [math.nan if half is None else mean - half for mean, half in ys]
         high = [math.nan if half is None else mean + half for mean, half in ys]
         ax.fill_between(xs, low, high, color=look["color"], alpha=0.15, linewidth=0)
+        if len(xs) == 1:  # a band of no width
+            bar = LineCollection([[(xs[0], low[0]), (xs[0], high[0])]], color=look["color"])
+            ax.add_collection(bar, autolim=False)
 
 
 def _curves(ax: Axes, rows: Sequence[Row], x: str, y: str, **look: Any) -> None:
@@ -365,6 +371,7 @@ def _finish(fig: Figure, rows: Sequence[Row], note: str, handles: Sequence[Artis
     for ax in fig.axes:
         if (place := ax.get_subplotspec()) and not place.is_last_row():
             ax.set_xlabel("")
+    fig.align_labels()
     if handles:
         fig.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 3))
     seeds, epochs = len({row.seed for row in rows}), max(row.epoch for row in rows)

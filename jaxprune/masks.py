@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxprune import select, trees
 from jaxprune.scores import magnitude
-from jaxprune.sparsity import check_choice, counts, num_elements
+from jaxprune.sparsity import check_choice, check_unit_axis, counts, num_elements
 from jaxprune.types import Array, Counts, Granularity, Masks, Params, Prunable, Scope, Scores
 
 
@@ -42,7 +43,7 @@ def masks_at(
         prunable: which leaves take part; see `trees.prunable_leaves`.
         unit_axis: the axis whose indices are units.
         within: masks (without a levels axis) that the result is nested in: what they prune goes
-            first, whatever its score.
+            first, whatever its score, and stays pruned where it is more than the counts.
 
     Returns:
         The tree of the scores, bool, True is kept, all True where not prunable; with the levels
@@ -50,8 +51,10 @@ def masks_at(
 
     Raises:
         ValueError: trees or shapes that differ, counts out of range, scores that are NaN or
-            infinite (where concrete), an unknown granularity or scope.
-        TypeError: a selected leaf that is not of real floating point numbers.
+            infinite (where concrete), an unknown granularity or scope, a unit axis that a leaf
+            lacks.
+        TypeError: a selected leaf that is not of real floating point numbers, or counts that are
+            not integers.
 
     Example:
         >>> scores = {"dense": jnp.array([[3.0, 1.0, 2.0]]), "logits": jnp.ones((3, 2))}
@@ -67,11 +70,10 @@ def masks_at(
             raise ValueError(f"scores of leaf {path!r} contain NaN or infinite values")
     if within is not None:
         trees.check_match("within", within, "scores", scores)
+    earlier = jax.tree.leaves(within) or [None] * len(leaves)
     flat = [
         _rankable(leaf, mask, granularity, unit_axis) if flag else None
-        for leaf, mask, flag in zip(
-            leaves, jax.tree.leaves(within) or [None] * len(leaves), flags, strict=True
-        )
+        for leaf, mask, flag in zip(leaves, earlier, flags, strict=True)
     ]
     if scope == "global":
         kept = _keep_globally(flat, counts)
@@ -81,8 +83,8 @@ def masks_at(
     masks = [
         jnp.ones((*levels, *leaf.shape), bool)
         if keep is None
-        else _spread(keep.reshape(*levels, -1), leaf.shape, granularity, unit_axis)
-        for keep, leaf in zip(kept, map(jnp.asarray, leaves), strict=True)
+        else _spread(keep if levels else keep[0], mask, leaf.shape, granularity, unit_axis)
+        for keep, mask, leaf in zip(kept, earlier, map(jnp.asarray, leaves), strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(scores), masks)
 
@@ -182,7 +184,7 @@ def sparsity_of(masks: Masks, *, prunable: Prunable | None = None) -> float:
     """
     flags = trees.prunable_leaves(masks, prunable)
     chosen = [m for m, flag in zip(jax.tree.leaves(masks), flags, strict=True) if flag]
-    if any(isinstance(m, jax.core.Tracer) for m in chosen):
+    if any(isinstance(m, Tracer) for m in chosen):
         raise TypeError("sparsity_of counts concrete masks: call it outside of jit")
     size = sum(np.size(m) for m in chosen)
     return sum(np.size(m) - int(np.count_nonzero(m)) for m in chosen) / max(size, 1)
@@ -191,15 +193,21 @@ def sparsity_of(masks: Masks, *, prunable: Prunable | None = None) -> float:
 def warn_of_emptied(
     params: Params, counts: Counts, granularity: Granularity, prunable: Prunable | None = None
 ) -> None:
-    """Warn, once, of the leaves that some level prunes whole; such a network is constant."""
+    """Warn, once, of the leaves that some level prunes whole; such a network is constant.
+
+    Global counts tell only whether all leaves are.
+    """
     flags = trees.prunable_leaves(params, prunable)
-    emptied = [
-        path
-        for (path, leaf), count, flag in zip(
-            trees.paths_and_leaves(params), jax.tree.leaves(counts), flags, strict=True
-        )
-        if flag and np.max(count) == num_elements(np.shape(leaf), granularity)
-    ]
+    sizes = {
+        path: num_elements(np.shape(leaf), granularity)
+        for (path, leaf), flag in zip(trees.paths_and_leaves(params), flags, strict=True)
+        if flag
+    }
+    if jax.tree.structure(counts) == jax.tree.structure(params):
+        of_leaf = dict(trees.paths_and_leaves(counts))
+        emptied = [path for path, size in sizes.items() if np.max(of_leaf[path]) == size]
+    else:
+        emptied = list(sizes) if np.max(counts) == sum(sizes.values()) else []
     if emptied:
         warnings.warn(
             f"the highest level prunes every {granularity} of {', '.join(emptied)}", stacklevel=2
@@ -207,7 +215,7 @@ def warn_of_emptied(
 
 
 def _concrete(x: Any) -> bool:
-    return not isinstance(x, jax.core.Tracer)
+    return not isinstance(x, Tracer)
 
 
 def _has_zero(leaf: Any) -> bool:
@@ -219,12 +227,22 @@ def _rankable(
 ) -> Array:  # fmt: skip
     """Return the scores that compete, flat; those already pruned come first."""
     leaf = jnp.asarray(leaf)
-    axes = tuple(a for a in range(leaf.ndim) if a != unit_axis % leaf.ndim)
+    if leaf.dtype != jnp.float64:
+        leaf = leaf.astype(jnp.float32)  # exact for every narrower type
     if granularity == "unit":
-        leaf = jnp.sqrt(jnp.sum(jnp.square(leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))),
-                                axis=axes))  # fmt: skip
+        check_unit_axis(leaf.shape, unit_axis)
+        axes = tuple(a for a in range(leaf.ndim) if a != unit_axis % leaf.ndim)
+        leaf = _norms(leaf, axes)
         mask = None if mask is None else jnp.any(mask, axis=axes)
     return (leaf if mask is None else jnp.where(mask, leaf, -jnp.inf)).ravel()
+
+
+def _norms(x: Array, axes: tuple[int, ...]) -> Array:
+    """Return L2 norms over the axes; a power of two, which is exact, keeps squares in range."""
+    exponents = jnp.frexp(jnp.max(jnp.abs(x), axis=axes, keepdims=True))[1]
+    exponents = jnp.clip(exponents, -126, 126)
+    squares = jnp.square(x * jnp.ldexp(jnp.ones((), x.dtype), -exponents))
+    return jnp.ldexp(jnp.sqrt(jnp.sum(squares, axis=axes)), jnp.squeeze(exponents, axes))
 
 
 def _keep_by_layer(
@@ -239,6 +257,11 @@ def _keep_by_layer(
     leaf_counts = jax.tree.leaves(counts)
     for path, count, x in zip(paths, leaf_counts, flat, strict=True):
         _check_count(f"counts of leaf {path!r}", count, 0 if x is None else x.size)
+        if np.shape(count) != np.shape(leaf_counts[0]):
+            raise ValueError(
+                f"counts of leaf {path!r} have shape {np.shape(count)}, those of {paths[0]!r} "
+                f"{np.shape(leaf_counts[0])}: all need the same levels"
+            )
     return [
         None if x is None else select.keep_largest(x, _row(count))
         for x, count in zip(flat, leaf_counts, strict=True)
@@ -255,13 +278,17 @@ def _keep_globally(flat: list[Array | None], counts: Counts) -> list[Array | Non
     if not sum(sizes):
         return flat
     chosen = [x for x in flat if x is not None]
-    dtype = jnp.result_type(*chosen)
+    dtype = jnp.float64 if any(x.dtype == jnp.float64 for x in chosen) else jnp.float32
     kept = select.keep_largest(jnp.concatenate([x.astype(dtype) for x in chosen]), _row(counts))
     parts = iter(jnp.split(kept, np.cumsum([x.size for x in chosen])[:-1], axis=1))
     return [None if x is None else next(parts) for x in flat]
 
 
 def _check_count(name: str, count: Any, size: int) -> None:
+    if not jnp.issubdtype(jnp.asarray(count).dtype, jnp.integer):
+        raise TypeError(
+            f"{name} must be integers, got {count}: `counts` makes them from a sparsity"
+        )
     if np.ndim(count) > 1:
         raise ValueError(
             f"{name} must be a number or have one levels axis, got shape {jnp.shape(count)}"
@@ -274,11 +301,20 @@ def _row(count: Any) -> Array:
     return jnp.atleast_1d(jnp.asarray(count, jnp.int32))
 
 
-def _spread(keep: Array, shape: tuple[int, ...], granularity: Granularity, unit_axis: int) -> Array:
-    """Give kept elements, (..., n), the shape of their leaf."""
+def _spread(
+    keep: Array,
+    within: Array | None,
+    shape: tuple[int, ...],
+    granularity: Granularity,
+    unit_axis: int,
+) -> Array:
+    """Give kept elements, (..., n), the shape of their leaf, reviving nothing."""
     levels = keep.shape[:-1]
     if granularity == "unit":
         axis = unit_axis % len(shape)
         ones = [shape[a] if a == axis else 1 for a in range(len(shape))]
         keep = jnp.broadcast_to(keep.reshape(*levels, *ones), (*levels, *shape))
-    return keep.reshape(*levels, *shape)
+    keep = keep.reshape(*levels, *shape)
+    if within is None:
+        return keep
+    return keep & jnp.expand_dims(within, range(len(levels))).astype(bool)

@@ -48,7 +48,7 @@ def batch_sums(logits: Array, labels: Array, weight: Array, temperature: Array) 
         temperature: (), divides the logits in `scaled_loss`.
     """
     classes = logits.shape[-1]
-    correct = weight * (predict(logits) == labels)
+    correct = jnp.where(predict(logits) == labels, weight, 0)
     confidence = jnp.max(jax.nn.softmax(logits), axis=-1)
     # Bins are (lo, hi]: a confidence on an edge belongs to the bin below it.
     edges = jnp.arange(1, NUM_BINS) / NUM_BINS
@@ -83,7 +83,8 @@ def calibration_errors(sums: Sums) -> tuple[Array, Array]:
     Reference:
         Guo, Pleiss, Sun, Weinberger. On Calibration of Modern Neural Networks. ICML 2017.
     """
-    gaps = (sums.bin_confidence - sums.bin_correct) / sums.count
+    dtype = sums.bin_confidence.dtype
+    gaps = (sums.bin_confidence - sums.bin_correct.astype(dtype)) / sums.count.astype(dtype)
     return jnp.sum(jnp.abs(gaps)), jnp.sum(gaps)
 
 
@@ -109,7 +110,7 @@ def fit_temperature(logits: Array, labels: Array, weight: Array) -> Array:
     logits = jnp.where(weight[:, None] > 0, logits, 0.0)
     labelled = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
 
-    def halve(_: int, interval: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Array, interval: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = interval
         middle = (low + high) / 2
         probabilities = jax.nn.softmax(jnp.exp(middle) * logits)

@@ -282,7 +282,7 @@ def _block(rows: Sequence[Row]) -> str:
     over = "one seed" if seeds == 1 else f"mean ± 95% interval over {seeds} seeds"
     cells = [[""], ["pruned %"]]
     for method in methods:
-        cells[0] += ["", "", method]
+        cells[0] += [method, "", ""]
         cells[1] += ["accuracy %", "loss", "weights"]
     for level in sorted({row.target_sparsity for row in rows}):
         line = [f"{100 * level:.10g}"]
@@ -294,7 +294,7 @@ def _block(rows: Sequence[Row]) -> str:
             line.append(f"{mean_interval(left)[0]:,.0f}" if left else "-")
         cells.append(line)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(map(str.rjust, line, widths)) for line in cells]
+    lines = ["  ".join(map(str.rjust, line, widths)).rstrip() for line in cells]
     row = rows[0]
     title = f"{row.protocol} ({row.criterion}, {row.scope}), epoch {row.epoch}, {over}"
     return "\n".join([title, *lines])

@@ -3,6 +3,7 @@
 Sparsities come in as numbers, counts go out as int32; `masks` takes them next.
 """
 
+import math
 from collections.abc import Sequence
 from decimal import Decimal
 from fractions import Fraction
@@ -10,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from jaxprune import trees
 from jaxprune.types import Counts, Granularity, Params, Prunable, Scope
@@ -24,13 +26,15 @@ def num_pruned(size: int, sparsity: Any) -> int:
             a `Fraction`, `Decimal` or integer is exact.
 
     Raises:
-        ValueError: the sparsity is outside [0, 1] or not a number.
+        ValueError: the size is negative, or the sparsity outside [0, 1] or not a number.
         TypeError: the sparsity is not a concrete real number.
 
     Example:
         >>> num_pruned(10, 0.9), num_pruned(10, 0.25)
         (9, 3)
     """
+    if size < 0:
+        raise ValueError(f"size must be at least 0, got {size}")
     return int(size * exact(sparsity) + Fraction(1, 2))
 
 
@@ -58,7 +62,8 @@ def counts(
         Scope `global`: one int32. Both with a leading levels axis where `sparsity` is a sequence.
 
     Raises:
-        ValueError: a sparsity outside [0, 1], an unknown granularity or scope, or an unusable leaf.
+        ValueError: a sparsity outside [0, 1], an unknown granularity or scope, an unusable leaf, or
+            a unit axis that a leaf lacks.
         TypeError: a sparsity that is traced.
 
     Example:
@@ -67,7 +72,8 @@ def counts(
     """
     check_choice("granularity", granularity, ("weight", "unit"))
     check_choice("scope", scope, ("layer", "global"))
-    many = isinstance(sparsity, Sequence | np.ndarray) and not isinstance(sparsity, str)
+    listed = isinstance(sparsity, Sequence) and not isinstance(sparsity, str)
+    many = listed or getattr(sparsity, "ndim", 0) > 0
     targets = [exact(s) for s in (sparsity if many else [sparsity])]
     flags = trees.prunable_leaves(params, prunable)
     sizes = [
@@ -86,7 +92,10 @@ def counts(
 
 def num_elements(shape: tuple[int, ...], granularity: Granularity, unit_axis: int = -1) -> int:
     """Return the number of weights, or of units, of a leaf of this shape."""
-    return int(np.prod(shape)) if granularity == "weight" else shape[unit_axis]
+    if granularity == "weight":
+        return math.prod(shape)
+    check_unit_axis(shape, unit_axis)
+    return shape[unit_axis]
 
 
 def exact(sparsity: Any) -> Fraction:
@@ -96,7 +105,7 @@ def exact(sparsity: Any) -> Fraction:
         ValueError: it is outside [0, 1] or not a number.
         TypeError: it is traced, or not a real number.
     """
-    if isinstance(sparsity, jax.core.Tracer):
+    if isinstance(sparsity, Tracer):
         raise TypeError(
             "sparsity is traced; counts are made of concrete numbers: call `counts` outside of "
             "jit and pass its counts to `masks_at`, which can be traced"
@@ -107,7 +116,8 @@ def exact(sparsity: Any) -> Fraction:
         try:
             value = Fraction(Decimal(str(sparsity)))
         except (ArithmeticError, ValueError, OverflowError):
-            kind = ValueError if isinstance(sparsity, int | float | np.floating) else TypeError
+            number = isinstance(sparsity, int | float | np.floating | Decimal)
+            kind = ValueError if number else TypeError
             raise kind(f"sparsity must be a number in [0, 1], got {sparsity!r}") from None
     if not 0 <= value <= 1:
         raise ValueError(f"sparsity must be in [0, 1], got {sparsity}")
@@ -118,3 +128,9 @@ def check_choice(name: str, given: str, choices: tuple[str, ...]) -> None:
     """Raise ValueError, naming the choices, where `given` is not one of them."""
     if given not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {given!r}")
+
+
+def check_unit_axis(shape: tuple[int, ...], unit_axis: int) -> None:
+    """Raise ValueError, naming the shape, where a leaf of this shape lacks the axis."""
+    if not -len(shape) <= unit_axis < len(shape):
+        raise ValueError(f"unit_axis {unit_axis} is not an axis of a leaf of shape {shape}")

@@ -85,7 +85,8 @@ def make_train(
             def step(i: Array, carry: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
                 (params, opt_state), losses = carry
                 value, gradients = jax.value_and_grad(mean_loss)(params, batches[i])
-                updates, opt_state = optimizer.update(gradients, opt_state, params)
+                with jax.numpy_dtype_promotion("standard"):  # Adam's 0.9**count is not strict
+                    updates, opt_state = optimizer.update(gradients, opt_state, params)
                 params = apply_masks(optax.apply_updates(params, updates), masks)
                 return TrainState(params, opt_state), losses.at[i].set(value)
 

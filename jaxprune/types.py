@@ -5,6 +5,8 @@ from typing import Any, Literal, NamedTuple
 
 from jaxtyping import Array, Float, PyTree
 
+from jaxprune.config import Granularity as Granularity
+
 Params = PyTree[Any]
 """Network parameters: any nested dict, list or tuple of arrays."""
 
@@ -23,7 +25,6 @@ Apply = Callable[[Params, Any], Array]
 Prunable = Callable[[str, Any], bool]
 """`prunable(path, leaf)`: whether a leaf takes part; a path reads `hidden_0/kernel`."""
 
-Granularity = Literal["weight", "unit"]
 Scope = Literal["layer", "global"]
 
 

@@ -47,7 +47,7 @@ def row(**changes):
 FLOATS = st.floats(allow_nan=False)
 CHANGES = st.fixed_dictionaries(
     {
-        "criterion": st.text(),
+        "criterion": st.text(st.characters(exclude_categories=["Cc", "Cs"])),
         "remaining": st.none() | st.integers(0),
         "loss": st.none() | FLOATS,
         "class_accuracy": st.lists(st.none() | FLOATS, max_size=3),
@@ -96,7 +96,7 @@ def test_a_torn_last_line_is_dropped(tmp_path):
     results.append_rows(path, [row(epoch=1), row(epoch=2)])
     whole = path.read_bytes()
     first = whole.index(b"\n") + 1
-    for size in range(first, len(whole) - 1):
+    for size in range(first, len(whole) - 1, 5):
         path.write_bytes(whole[:size])
         assert results.read_rows(path) == [row(epoch=1)]
     results.rewrite_rows(path, results.read_rows(path))
@@ -176,7 +176,7 @@ def test_the_table():
     ]  # fmt: skip
     block = """\
 one_shot (magnitude, layer), epoch 2, mean ± 95% interval over 2 seeds
-                                          weight                                   unit
+                weight                                    unit
 pruned %    accuracy %           loss    weights    accuracy %           loss  weights
        0  88.50 ± 6.35  0.500 ± 0.000  2,386,000  88.50 ± 6.35  0.500 ± 0.000        -
       25  88.50 ± 6.35  0.500 ± 0.000  2,386,000  88.50 ± 6.35  0.500 ± 0.000        -

@@ -14,7 +14,7 @@ from jaxprune.evaluate import evaluate_levels
 from jaxprune.masks import masks_at, sparsity_of, warn_of_emptied
 from jaxprune.results import Row
 from jaxprune.scores import magnitude
-from jaxprune.types import Apply, Masks, Metrics, Params, Prunable, Scope, Scores
+from jaxprune.types import Apply, Granularity, Masks, Metrics, Params, Prunable, Scope, Scores
 
 Remaining = Callable[[Masks], int]
 
@@ -25,7 +25,7 @@ def prune_curve(
     data: Data,
     levels: Sequence[float] = config.LEVELS,
     *,
-    methods: Sequence[str] = config.METHODS,
+    methods: Sequence[Granularity] = config.METHODS,
     scores: Callable[[Params], Scores] = magnitude,
     scope: Scope = "layer",
     prunable: Prunable | None = None,
@@ -122,8 +122,8 @@ def make_rows(
         sizes: what `sizes_of` returns.
         seconds: wall time of all levels together, by the name of its field; 0 if not named.
     """
-    share = {
-        name: seconds.get(name, 0.0) / len(levels)
+    share: dict[str, Any] = {
+        name: seconds.get(name, 0.0) / max(len(levels), 1)
         for name in ("train_seconds", "mask_seconds", "eval_seconds")
     }
     values = {name: np.asarray(value) for name, value in scored._asdict().items()}

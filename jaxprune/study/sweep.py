@@ -6,7 +6,6 @@ and trains all levels at once, each under its masks. After every epoch a group w
 then its state, so a kill costs an epoch of one group at most.
 """
 
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,7 +25,18 @@ from jaxprune.scores import magnitude
 from jaxprune.study.curve import Remaining, keep_all, make_rows, sizes_of
 from jaxprune.study.record import Record
 from jaxprune.train import TrainState, batch_indices, init_state, make_train
-from jaxprune.types import Apply, Array, Counts, Masks, Metrics, Params, Prunable, Scope, Scores
+from jaxprune.types import (
+    Apply,
+    Array,
+    Counts,
+    Granularity,
+    Masks,
+    Metrics,
+    Params,
+    Prunable,
+    Scope,
+    Scores,
+)
 
 UPDATES_PER_EPOCH = 10
 _CALL_SECONDS = 4.0  # the length of a training call that is aimed at; Ctrl-C is heard between calls
@@ -60,7 +70,7 @@ def run_sweep(
     seeds: int = 1,
     levels: Sequence[float] = config.LEVELS,
     epochs: int = 2,
-    methods: Sequence[str] = config.METHODS,
+    methods: Sequence[Granularity] = config.METHODS,
     protocols: Sequence[str] = config.PROTOCOLS,
     batch_size: int = 128,
     optimizer: optax.GradientTransformation | None = None,
@@ -120,7 +130,6 @@ def run_sweep(
             f"got {batch_size}"
         )
     say = note or (lambda _: None)
-    pruned_levels = tuple(level for level in levels if level != 0)
     dense_epochs, pruning_epochs, _ = config.phases(epochs)
 
     def group_of(row: Row) -> str:
@@ -167,13 +176,13 @@ class _Program:
 
 
 class _Sweep:
-    """The compiled programs of a sweep, and the loops over seeds, epochs and calls that run them."""
+    """The compiled programs of a sweep, and the loops over seeds, epochs and calls."""
 
     def __init__(
         self, *, init: Callable[[Array], Params], apply: Apply,
         optimizer: optax.GradientTransformation, scores: Callable[[Params], Scores], data: Data,
         record: Record, report: Callable[[Progress], None], levels: tuple[float, ...], epochs: int,
-        methods: tuple[str, ...], protocols: tuple[str, ...], batch_size: int, scope: Scope,
+        methods: tuple[Granularity, ...], protocols: tuple[str, ...], batch_size: int, scope: Scope,
         prunable: Prunable | None, remaining: Remaining | None,
     ):  # fmt: skip
         self.init, self.optimizer, self.data = init, optimizer, data
@@ -187,11 +196,13 @@ class _Sweep:
         self.steps = len(data.train.y) // batch_size
         self.step_seconds: dict[int, float] = {}  # of a training step, by the number of levels
 
-        def select(method: str, params: Params, masks: Masks | None, counts: Counts) -> Masks:
+        def select(
+            method: Granularity, params: Params, masks: Masks | None, counts: Counts
+        ) -> Masks:
             params = params if masks is None else apply_masks(params, masks)
             return masks_at(scores(params), counts, within=masks, **self.options(method))
 
-        def select_each(method: str, params: Params, masks: Masks, counts: Counts) -> Masks:
+        def select_each(method: Granularity, params: Params, masks: Masks, counts: Counts) -> Masks:
             return trees.map_levels(lambda level: select(method, *level), (params, masks, counts))
 
         score = partial(
@@ -202,7 +213,7 @@ class _Sweep:
         self.select = {m: _Program(partial(select, m), record) for m in methods}
         self.select_each = {m: _Program(partial(select_each, m), record) for m in methods}
 
-    def options(self, method: str) -> dict[str, Any]:
+    def options(self, method: Granularity) -> dict[str, Any]:
         """Return what `counts` and `masks_at` are to agree on."""
         return {"granularity": method, "scope": self.scope, "prunable": self.prunable}
 
@@ -220,7 +231,7 @@ class _Sweep:
         self.record.thin(keep=set())
         self.record.finish()
 
-    def work_of(self, dense: int, trained: dict[str, int]) -> float:
+    def work_of(self, dense: int, trained: dict[Granularity, int]) -> int:
         """Return the work left of a seed, in forward passes of an example."""
         pruned, methods = len(self.pruned), len(self.methods)
         scored = len(self.data.val.y) + len(self.data.test.y)
@@ -231,9 +242,9 @@ class _Sweep:
             for start in trained.values()
         )
 
-    def resume(self, seed: int) -> tuple[int, dict[str, int]]:
+    def resume(self, seed: int) -> tuple[int, dict[Granularity, int]]:
         """Return the epochs after which a seed's dense and trained groups go on."""
-        trained = {
+        trained: dict[Granularity, int] = {
             method: self.record.resume(
                 _trained(method, seed), {"params", "masks"}, {"params", "masks", "opt_state"},
                 lambda epoch: len(self.pruned) * (epoch > self.dense_epochs),
@@ -258,8 +269,10 @@ class _Sweep:
             dense = 0
         return dense, trained
 
-    def run_seed(self, seed: int, dense: int, trained: dict[str, int]) -> None:
-        branch, predictions = self.run_dense(seed, dense, any(e == 0 for e in trained.values()))
+    def run_seed(self, seed: int, dense: int, trained: dict[Granularity, int]) -> None:
+        """Run, or go on with, the groups of a seed."""
+        branching = any(start == 0 for start in trained.values())
+        branch, predictions = self.run_dense(seed, dense, branching)
         for method, start in trained.items():
             if start < self.epochs:
                 self.run_trained(method, seed, start, branch, predictions)
@@ -270,72 +283,72 @@ class _Sweep:
         """Train a seed's dense network and score it, dense and one-shot, after every epoch.
 
         Returns:
-            The state after the dense epochs, with a levels axis of one, if it is wanted; and the
-            predictions on test, (epochs, examples), -1 where not known.
+            The state after the dense epochs, with a levels axis of one, if `branching` wants it;
+            and the predictions on test, (epochs, examples).
         """
-        group, load = _dense(seed), self.load_state
-        branch = None
-        if start == 0:
-            state = _stack(init_state(self.init(_keys(seed)[0]), self.optimizer), 1)
-            predictions = np.full((self.epochs, len(self.data.test.y)), -1, np.int32)
-            branch = state if self.dense_epochs == 0 else None
-        else:
+        group = _dense(seed)
+        initial = _stack(init_state(self.init(_keys(seed)[0]), self.optimizer), 1)
+        state, predictions = initial, np.zeros((self.epochs, len(self.data.test.y)), np.int32)
+        if start:
+            state = _stack(self.load_state(group, start), 1) if start < self.epochs else initial
             predictions = self.record.load(group, start, "predictions").copy()
-            state = _stack(load(group, start), 1) if start < self.epochs else None
-        if branching and branch is None and self.dense_epochs <= start:
-            branch = _stack(load(group, self.dense_epochs), 1)
+        branch = None
+        if branching and self.dense_epochs <= start:
+            at = self.dense_epochs
+            branch = _stack(self.load_state(group, at), 1) if at else initial
         keep_whole = {f"{group}/{self.dense_epochs}"} if "trained" in self.protocols else set()
+        dense = keep_all(_first(initial.params))
         for epoch in range(start + 1, self.epochs + 1):
-            masks = keep_all(_first(state.params))
-            state, masks, seconds = self.train_epoch(state, masks, seed, "dense", "", epoch, {})
-            (scored, labels), eval_seconds = self.evaluate(state.params, masks, None)
+            state, _, seconds = self.train_epoch(state, dense, seed, "dense", "", epoch, {})
+            (scored, labels), eval_seconds = self.evaluate(state.params, dense, None)
             self.check_finite(scored.val_loss, seed, "dense", "", epoch)
             self.record.add_seconds("dense_training", seconds["train_seconds"])
             self.record.add_seconds("dense_evaluation", eval_seconds)
             predictions[epoch - 1] = labels[0]
-            params = _first(state.params)
-            rows, pruned = self.shared_rows(seed, epoch, masks, scored), {}
+            params, masks = _first(state.params), {}
+            rows = self.shared_rows(seed, epoch, dense, scored)
             if "one_shot" in self.protocols and self.pruned:
-                pruned = {m: self.one_shot(m, params, labels[0]) for m in self.methods}
-                for method, (found, sizes, metrics, seconds) in pruned.items():
-                    identity = self.identity("one_shot", method, seed, epoch)
-                    rows += make_rows(identity, self.pruned, metrics, sizes, seconds)
+                for method in self.methods:
+                    masks[method], found = self.one_shot(method, seed, epoch, params, labels[0])
+                    rows += found
             self.record.append(rows)
-            items: dict[str, Any] = {}
-            if epoch == self.epochs:
-                items["one_shot"] = {method: found for method, (found, *_) in pruned.items()}
             self.record.save(
                 group, epoch, keep_whole, params=params, opt_state=_first(state.opt_state),
-                predictions=predictions, **items,
+                predictions=predictions, **({"one_shot": masks} if epoch == self.epochs else {}),
             )  # fmt: skip
             branch = state if epoch == self.dense_epochs else branch
         return branch, predictions
 
-    def shared_rows(self, seed: int, epoch: int, masks: Masks, scored: Metrics) -> list[Row]:
+    def shared_rows(self, seed: int, epoch: int, dense: Masks, scored: Metrics) -> list[Row]:
         """Return the dense network's rows: level 0, and every level while it is still dense."""
-        sizes = sizes_of(masks, self.prunable, self.remaining)
+        sizes = sizes_of(dense, self.prunable, self.remaining)
         rows = []
         for protocol in self.protocols:
-            dense = protocol == "trained" and epoch <= self.dense_epochs
-            levels = self.levels if dense else [level for level in self.levels if level == 0]
-            same = jax.tree.map(lambda x, n=len(levels): np.repeat(x, n, axis=0), scored)
+            still_dense = protocol == "trained" and epoch <= self.dense_epochs
+            levels = [level for level in self.levels if still_dense or level == 0]
+            n = len(levels)
+            same = jax.tree.map(lambda x, n=n: np.repeat(x, n, axis=0), scored)
             for method in self.methods:
                 identity = self.identity(protocol, method, seed, epoch)
-                rows += make_rows(identity, levels, same, sizes * len(levels), {})
+                rows += make_rows(identity, levels, same, sizes * n, {})
         return rows
 
-    def one_shot(self, method: str, params: Params, reference: Array) -> tuple[Any, ...]:
-        """Prune a dense network at all levels and score it: masks, sizes, metrics, seconds."""
+    def one_shot(
+        self, method: Granularity, seed: int, epoch: int, params: Params, reference: Array
+    ) -> tuple[Masks, list[Row]]:
+        """Prune a dense network at all levels and score it; return the masks and the rows."""
         counts = sparsity.counts(params, self.targets, **self.options(method))
         masks, mask_seconds = self.select[method](params, None, counts)
         stacked = _stack(params, len(self.pruned))
         (scored, _), eval_seconds = self.evaluate(stacked, masks, reference)
         sizes = sizes_of(masks, self.prunable, self.remaining)
-        return masks, sizes, scored, {"mask_seconds": mask_seconds, "eval_seconds": eval_seconds}
+        seconds = {"mask_seconds": mask_seconds, "eval_seconds": eval_seconds}
+        identity = self.identity("one_shot", method, seed, epoch)
+        return masks, make_rows(identity, self.pruned, scored, sizes, seconds)
 
     def run_trained(
         self,
-        method: str,
+        method: Granularity,
         seed: int,
         start: int,
         branch: TrainState | None,
@@ -424,6 +437,7 @@ class _Sweep:
         return result, elapsed
 
     def check_finite(self, losses: Any, seed: int, protocol: str, method: str, epoch: int) -> None:
+        """Raise `TrainingDiverged` if a level's loss is not finite."""
         wrong = np.flatnonzero(~np.isfinite(losses))
         if wrong.size:
             level = self.pruned[wrong[0]] if protocol == "trained" else 0
@@ -433,6 +447,7 @@ class _Sweep:
             )
 
     def identity(self, protocol: str, method: str, seed: int, epoch: int) -> dict[str, Any]:
+        """Return the fields that name a row, but for its level."""
         return {
             "protocol": protocol, "criterion": self.criterion, "method": method,
             "scope": self.scope, "seed": seed, "epoch": epoch,

@@ -1,0 +1,266 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax, softmax
+
+from jaxprune import metrics
+
+ONE = jnp.ones(())
+LOWEST, HIGHEST = np.log(1e-3), np.log(1e3)
+
+
+def examples(n=200, classes=5, scale=2.0, seed=0):
+    """Return logits that are right more often than not, and labels."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, n).astype(np.int32)
+    logits = rng.normal(size=(n, classes)) + 0.8 * np.eye(classes)[labels]
+    return (scale * logits).astype(np.float32), labels
+
+
+def ones(labels):
+    return jnp.ones(len(labels), jnp.int32)
+
+
+def reference(logits, labels, temperature=1.0):
+    """Compute every sum again, one example at a time, in float64."""
+    logits = np.asarray(logits, np.float64)
+    classes = logits.shape[1]
+    sums = {
+        "count": 0, "correct": 0, "loss": 0.0, "scaled_loss": 0.0,
+        "bin_correct": np.zeros(15), "bin_confidence": np.zeros(15),
+        "class_count": np.zeros(classes), "class_correct": np.zeros(classes),
+    }  # fmt: skip
+    for row, label in zip(logits, labels, strict=True):
+        probabilities = softmax(row)
+        correct = int(np.argmax(row) == label)
+        confidence = probabilities.max()
+        [inside] = [b for b in range(15) if b / 15 < confidence <= (b + 1) / 15]
+        sums["count"] += 1
+        sums["correct"] += correct
+        sums["loss"] -= log_softmax(row)[label]
+        sums["scaled_loss"] -= log_softmax(row / temperature)[label]
+        sums["bin_correct"][inside] += correct
+        sums["bin_confidence"][inside] += confidence
+        sums["class_count"][label] += 1
+        sums["class_correct"][label] += correct
+    return sums
+
+
+def assert_sums(sums, expected):
+    for name, value in expected.items():
+        np.testing.assert_allclose(getattr(sums, name), value, rtol=2e-6, err_msg=name)
+
+
+def add(one, other):
+    return jax.tree.map(jnp.add, one, other)
+
+
+def test_cross_entropy_by_hand():
+    logits = jnp.log(jnp.array([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]]))
+    losses = metrics.cross_entropy(logits, jnp.array([1, 2]))
+    np.testing.assert_allclose(losses, [np.log(4), -np.log(0.7)], rtol=1e-6)
+
+
+def test_cross_entropy_of_large_logits_is_finite():
+    losses = metrics.cross_entropy(jnp.array([[1e4, -1e4], [0.0, 0.0]]), jnp.array([1, 0]))
+    np.testing.assert_allclose(losses, [2e4, np.log(2)], rtol=1e-6)
+
+
+def test_of_equal_logits_the_first_is_predicted():
+    logits = jnp.array([[1.0, 1.0, 0.0], [0.0, 2.0, 2.0], [0.0, 0.0, 0.0], [-0.0, 0.0, -1.0]])
+    predictions = metrics.predict(logits)
+    assert predictions.dtype == jnp.int32
+    assert predictions.tolist() == [0, 1, 0, 0]
+    for label, correct in ((0, 3), (1, 1), (2, 0)):
+        labels = jnp.full(4, label, jnp.int32)
+        assert metrics.batch_sums(logits, labels, ones(labels), ONE).correct == correct
+
+
+@pytest.mark.parametrize("classes", [2, 10, 40])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+def test_sums_are_those_of_numpy(classes, temperature):
+    logits, labels = examples(classes=classes)
+    scaled = jnp.float32(temperature)
+    expected = reference(logits, labels, np.float64(scaled))
+    sums = metrics.batch_sums(jnp.asarray(logits), jnp.asarray(labels), ones(labels), scaled)
+    assert_sums(sums, expected)
+    for name in ("count", "correct", "bin_correct", "class_count", "class_correct"):
+        assert getattr(sums, name).dtype == jnp.int32
+    jitted = jax.jit(metrics.batch_sums)(logits, labels, ones(labels), scaled)
+    assert_sums(jitted, expected)
+
+
+def test_vmapped_over_levels_is_looped():
+    levels = [examples(scale=scale)[0] for scale in (0.0, 1.0, 5.0)]
+    labels = jnp.asarray(examples()[1])
+    temperatures = jnp.array([1.0, 0.5, 2.0])
+
+    def sums(logits, temperature):
+        return metrics.batch_sums(logits, labels, ones(labels), temperature)
+
+    stacked = jax.vmap(sums)(jnp.stack(levels), temperatures)
+    fitted = jax.vmap(metrics.fit_temperature, (0, None, None))(
+        jnp.stack(levels), labels, ones(labels)
+    )
+    for i, logits in enumerate(levels):
+        level = jax.tree.map(lambda x, i=i: x[i], stacked)
+        assert_sums(level, sums(jnp.asarray(logits), temperatures[i])._asdict())
+        alone = metrics.fit_temperature(jnp.asarray(logits), labels, ones(labels))
+        np.testing.assert_allclose(fitted[i], alone, rtol=1e-4)
+
+
+@pytest.mark.parametrize("cuts", [[100], [1], [7, 14, 150], [199]])
+def test_sums_of_batches_add_up(cuts):
+    logits, labels = examples()
+    temperature = jnp.float32(1.7)
+    total = None
+    for x, y in zip(np.split(logits, cuts), np.split(labels, cuts), strict=True):
+        sums = metrics.batch_sums(jnp.asarray(x), jnp.asarray(y), ones(y), temperature)
+        total = sums if total is None else add(total, sums)
+    assert_sums(total, reference(logits, labels, np.float64(temperature)))
+
+
+@pytest.mark.parametrize("filler", [0.0, np.nan, np.inf, -np.inf])
+def test_padding_of_weight_zero_is_ignored(filler):
+    logits, labels = examples(n=50)
+    weight = jnp.concatenate([jnp.ones(50, jnp.int32), jnp.zeros(14, jnp.int32)])
+    padded = jnp.concatenate([jnp.asarray(logits), jnp.full((14, 5), filler)])
+    padded_labels = jnp.concatenate([jnp.asarray(labels), jnp.zeros(14, jnp.int32)])
+    temperature = jnp.float32(0.8)
+    sums = metrics.batch_sums(padded, padded_labels, weight, temperature)
+    assert_sums(sums, reference(logits, labels, np.float64(temperature)))
+    expected = metrics.fit_temperature(jnp.asarray(logits), jnp.asarray(labels), ones(labels))
+    fitted = metrics.fit_temperature(padded, padded_labels, weight)
+    np.testing.assert_allclose(fitted, expected, rtol=1e-4)
+
+
+def test_weights_choose_examples_anywhere():
+    logits, labels = examples(n=60)
+    chosen = np.arange(60) % 3 != 0
+    weight = jnp.asarray(chosen, jnp.int32)
+    sums = metrics.batch_sums(jnp.asarray(logits), jnp.asarray(labels), weight, ONE)
+    assert_sums(sums, reference(logits[chosen], labels[chosen]))
+
+
+def of_probabilities(rows):
+    """Return logits whose softmax is exact where equal shares are asked for; the rest is 0."""
+    rows = np.asarray(rows, np.float64)
+    shares = np.log(np.where(rows > 0, rows, 1.0))
+    return jnp.asarray(np.where(rows > 0, shares - shares.max(axis=1, keepdims=True), -500.0))
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize(
+    ("shares", "inside"), [(15, 0), (5, 2), (3, 4), (1, 14)], ids=["1/15", "1/5", "1/3", "1"]
+)
+def test_a_confidence_on_an_edge_is_in_the_bin_below(shares, inside, jitted):
+    logits = jnp.where(jnp.arange(16) < shares, 0.0, -500.0)[None]
+    confidence = jax.nn.softmax(logits).max()
+    assert confidence == np.float32(1) / np.float32(shares)  # the case is what it says
+    f = jax.jit(metrics.batch_sums) if jitted else metrics.batch_sums
+    sums = f(logits, jnp.array([0]), jnp.array([1]), ONE)
+    assert np.flatnonzero(sums.bin_confidence).tolist() == [inside]
+    assert np.flatnonzero(sums.bin_correct).tolist() == [inside]
+
+
+def test_ece_tells_the_two_sides_of_an_edge_apart():
+    # 1/3 is on the upper edge of the bin of 0.3: right and wrong make up for each other there.
+    logits = of_probabilities([[1 / 3, 1 / 3, 1 / 3, 0], [0.3, 0.3, 0.2, 0.2]])
+    sums = metrics.batch_sums(logits, jnp.array([0, 3]), jnp.array([1, 1]), ONE)
+    ece, signed_ece = metrics.calibration_errors(sums)
+    np.testing.assert_allclose(ece, abs(1 / 3 + 0.3 - 1) / 2, rtol=1e-5)
+    np.testing.assert_allclose(signed_ece, (1 / 3 + 0.3 - 1) / 2, rtol=1e-5)
+    # A little above it is another bin, and the gaps add up.
+    logits = of_probabilities([[0.34, 0.33, 0.33, 0], [0.3, 0.3, 0.2, 0.2]])
+    sums = metrics.batch_sums(logits, jnp.array([0, 3]), jnp.array([1, 1]), ONE)
+    ece, _ = metrics.calibration_errors(sums)
+    np.testing.assert_allclose(ece, (0.66 + 0.3) / 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"), [(1, 0.9), (0, -0.1)], ids=["over-confident", "under-confident"]
+)
+def test_the_sign_of_signed_ece(label, expected):
+    logits = of_probabilities([[0.9, 0.1]])
+    sums = metrics.batch_sums(logits, jnp.array([label]), jnp.array([1]), ONE)
+    ece, signed_ece = metrics.calibration_errors(sums)
+    np.testing.assert_allclose(signed_ece, expected, rtol=1e-5)
+    np.testing.assert_allclose(ece, abs(expected), rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.1, 2.0, 20.0])
+def test_calibration_errors_are_those_of_numpy(scale):
+    logits, labels = examples(n=500, scale=scale)
+    probabilities = softmax(logits.astype(np.float64), axis=1)
+    confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
+    ece = 0.0
+    for b in range(15):
+        inside = (confidence > b / 15) & (confidence <= (b + 1) / 15)
+        if inside.any():
+            ece += inside.mean() * abs(confidence[inside].mean() - right[inside].mean())
+    sums = metrics.batch_sums(jnp.asarray(logits), jnp.asarray(labels), ones(labels), ONE)
+    found = metrics.calibration_errors(sums)
+    np.testing.assert_allclose(found, (ece, confidence.mean() - right.mean()), rtol=1e-4)
+
+
+def best_temperature(logits, labels):
+    """Minimise the loss over log(1/T) with SciPy, in float64; also return that loss."""
+    logits = np.asarray(logits, np.float64)
+
+    def loss(log_beta):
+        scaled = log_softmax(np.exp(log_beta) * logits, axis=1)
+        return -scaled[np.arange(len(labels)), labels].mean()
+
+    found = minimize_scalar(
+        loss, bounds=(LOWEST, HIGHEST), method="bounded", options={"xatol": 1e-9}
+    )
+    return np.exp(-found.x), loss
+
+
+@pytest.mark.parametrize("scale", [1e-2, 0.3, 2.0, 50.0])
+@pytest.mark.parametrize("classes", [2, 10])
+def test_temperature_is_that_of_scipy(scale, classes):
+    logits, labels = examples(n=300, classes=classes, scale=scale)
+    expected, loss = best_temperature(logits, labels)
+    assert 1e-3 < expected < 1e3
+    fitted = jax.jit(metrics.fit_temperature)(logits, labels, ones(labels))
+    np.testing.assert_allclose(fitted, expected, rtol=1e-4)
+    assert loss(-np.log(np.float64(fitted))) <= loss(-np.log(expected)) + 1e-9
+
+
+def test_temperature_is_at_a_bound_where_the_optimum_is_beyond_it():
+    logits, labels = examples(n=50)
+    labels = jnp.asarray(labels)
+    right = jax.nn.one_hot(labels, 5) * 3.0 + jnp.asarray(logits) * 0.1
+    expected, _ = best_temperature(right, labels)
+    fitted = metrics.fit_temperature(right, labels, ones(labels))
+    np.testing.assert_allclose(fitted, 1e-3, rtol=1e-4)
+    # Always wrong: the less it says, the better.
+    expected, _ = best_temperature(-right, labels)
+    np.testing.assert_allclose(expected, 1e3, rtol=1e-4)
+    fitted = metrics.fit_temperature(-right, labels, ones(labels))
+    np.testing.assert_allclose(fitted, 1e3, rtol=1e-4)
+    # An optimum that exists, but at a temperature above 1000.
+    logits, labels = examples(scale=1e5)
+    fitted = metrics.fit_temperature(jnp.asarray(logits), jnp.asarray(labels), ones(labels))
+    np.testing.assert_allclose(fitted, 1e3, rtol=1e-4)
+
+
+def test_temperature_of_zero_logits_is_one():
+    labels = jnp.array([0, 1, 2, 0])
+    assert metrics.fit_temperature(jnp.zeros((4, 3)), labels, ones(labels)) == 1.0
+    # What is padded does not count as a logit that is not zero.
+    weight = jnp.array([1, 1, 0, 0])
+    padded = jnp.zeros((4, 3)).at[2:].set(jnp.nan)
+    assert metrics.fit_temperature(padded, labels, weight) == 1.0
+    # One logit that is not does.
+    assert metrics.fit_temperature(jnp.zeros((4, 3)).at[0, 0].set(1.0), labels, weight) != 1.0
+
+
+def test_temperature_undoes_a_scale():
+    logits, labels = examples(n=400)
+    once = metrics.fit_temperature(jnp.asarray(logits), jnp.asarray(labels), ones(labels))
+    scaled = metrics.fit_temperature(jnp.asarray(8 * logits), jnp.asarray(labels), ones(labels))
+    np.testing.assert_allclose(scaled, 8 * once, rtol=1e-4)
