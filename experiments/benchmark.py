@@ -59,10 +59,9 @@ class Row(NamedTuple):
     name: str
     seconds: list[float]
     beside: str  # what it is compared with
-    theirs: list[float]  # its seconds, or the matmul's FLOP/s; empty where not measured
+    theirs: list[float]  # its seconds; empty where it was not measured
     ratios: list[float]
-    goal: float
-    at_most: bool = False
+    goal: str
 
 
 def forward_macs(sizes: Sequence[int]) -> int:
@@ -152,18 +151,19 @@ class Benchmark:
         self.settings = settings
         self.rows: list[Row] = []
         self.rates: dict[str, list[float]] = {}  # the matmul's FLOP/s, by what was measured then
-        self.sizes = (
-            loaded.train.x.shape[1], *settings.hidden_sizes, int(loaded.train.y.max()) + 1
-        )  # fmt: skip
+        self.multiply, size = jax.jit(jnp.matmul), settings.matmul_size
+        self.factors = jax.random.normal(jax.random.key(0), (2, size, size))
         self.data = jax.tree.map(jnp.asarray, loaded)
+        features, classes = loaded.train.x.shape[1], int(loaded.train.y.max()) + 1
+        self.sizes = (features, *settings.hidden_sizes, classes)
         self.epoch_steps = len(loaded.train.y) // settings.batch_size
-        init, self.apply = models.mlp(self.sizes[0], settings.hidden_sizes, self.sizes[-1])
+        init, self.apply = models.mlp(features, settings.hidden_sizes, classes)
         self.optimizer = optax.adam(1e-3)
         self.program = jax.jit(make_train(self.apply, self.optimizer))
-        self.targets = [config.sparsity_of_level(level) for level in settings.levels]
         self.params = init(jax.random.key(0))
         state = self.train(self.new_state(1), keep_all(self.params, 1), settings.trained_steps)
         self.params = jax.tree.map(lambda leaf: leaf[0], state.params)
+        self.targets = [config.sparsity_of_level(level) for level in settings.levels]
         self.counts = self.counts_of(self.targets)
         self.masks = select(self.params, self.counts)
 
@@ -174,44 +174,33 @@ class Benchmark:
         state = init_state(self.params, self.optimizer)
         return jax.tree.map(lambda leaf: jnp.stack([leaf] * levels), state)
 
-    def train(self, state: TrainState, masks: Masks, steps: int, seed: int = 0) -> TrainState:
+    def train(self, state: TrainState, masks: Masks, steps: int) -> TrainState:
         """Shuffle, and make the first steps of an epoch."""
         x, y = self.data.train
-        batches = batch_indices(jax.random.key(seed), len(y), self.settings.batch_size)
+        batches = batch_indices(jax.random.key(0), len(y), self.settings.batch_size)
         return self.program(state, masks, x, y, batches, np.int32(0), np.int32(steps))[0]
 
-    def rounds(self, name: str, f: Callable[[], Any]) -> list[tuple[Any, float]]:
-        """Return each round's result, and the matmul's rate, the mean of before and after."""
-        size = self.settings.matmul_size
-        factors = [jax.random.normal(k, (size, size)) for k in jax.random.split(jax.random.key(0))]
-        multiply = jax.jit(jnp.matmul)
-        rates = self.rates.setdefault(name, [])
+    def matmul_rate(self, name: str) -> float:
+        seconds = median(clock(self.multiply, *self.factors)[1] for _ in range(3))
+        rate = 2 * self.settings.matmul_size**3 / seconds
+        self.rates.setdefault(name, []).append(rate)
+        return rate
 
-        def rate() -> float:
-            rates.append(2 * size**3 / median(clock(multiply, *factors)[1] for _ in range(3)))
-            return rates[-1]
-
-        f(), clock(multiply, *factors)  # compiles
-        return [(f(), (before + rate()) / 2) for _ in range(self.settings.rounds)
-                for before in [rate()]]  # fmt: skip
-
-    def beside_torch(
-        self, name: str, goal: float, ours: Callable[[], float], ask: Ask | None, scale: float,
-        op: str, **arguments: int,
-    ) -> None:  # fmt: skip
-        def pair() -> tuple[float, ...]:
-            seconds = scale * ours()
-            return (seconds, scale * ask(op, **arguments)["seconds"]) if ask else (seconds,)
-
-        pairs = [pair for pair, _ in self.rounds(name, pair)]
-        theirs = [pair[1] for pair in pairs if ask]
-        ratios = [pair[1] / pair[0] for pair in pairs if ask]
-        self.rows.append(Row(name, [pair[0] for pair in pairs], "PyTorch", theirs, ratios, goal))
-
-    def beside_matmul(self, name: str, macs: int, f: Callable[[], float]) -> list[float]:
-        seconds, rates = map(list, zip(*self.rounds(name, f), strict=True))
-        ratios = [2 * macs / s / rate for s, rate in zip(seconds, rates, strict=True)]
-        self.rows.append(Row(name, seconds, "matmul", rates, ratios, 0.8))
+    def compare(
+        self, name: str, ours: Callable[[], float],
+        beside: str, theirs: Callable[[float], float] | None, goal: str,
+    ) -> list[float]:  # fmt: skip
+        """Add a row of the seconds that `ours` returns and `theirs`, given the matmul's rate."""
+        seconds, others = [], []
+        ours(), clock(self.multiply, *self.factors)  # compiles, warms up
+        for _ in range(self.settings.rounds):
+            before = self.matmul_rate(name)
+            seconds.append(ours())
+            rate = (before + self.matmul_rate(name)) / 2
+            if theirs is not None:
+                others.append(theirs(rate))
+        ratios = [b / a for a, b in zip(seconds, others, strict=False)]
+        self.rows.append(Row(name, seconds, beside, others, ratios, goal))
         return seconds
 
     def check(self, ask: Ask | None) -> None:
@@ -230,47 +219,78 @@ class Benchmark:
                 raise ArithmeticError(f"the loss is {ours:.6f}, but {theirs:.6f} in PyTorch")
 
     def torch_inputs(self) -> dict[str, Any]:
-        names = [*(f"hidden_{i}" for i in range(len(self.sizes) - 2)), "logits"]
+        names = sorted(self.params)  # hidden_0, hidden_1, ..., logits
+        kernels = {f"kernel_{i}": self.params[name]["kernel"] for i, name in enumerate(names)}
         counts = {
             f"{g}_counts": np.stack([c[name]["kernel"] for name in names[:-1]], axis=1)
             for g, c in self.counts.items()
         }
-        kernels = {f"kernel_{i}": self.params[name]["kernel"] for i, name in enumerate(names)}
         x, y = self.data.train
         sizes = {"layers": len(names), "batch_size": self.settings.batch_size}
-        return {"x": x, "y": y, **sizes, **counts, **kernels}
+        return {"x": x, "y": y, **sizes, **kernels, **counts}
 
     def measure_masks(self, ask: Ask | None) -> None:
-        def ours() -> float:
-            return median(clock(select, self.params, self.counts)[1] for _ in range(5))
-
         levels = len(self.targets)
-        name = f"masks of {levels} levels, weight and unit"
-        self.beside_torch(name, 25, ours, ask, 1.0, "masks", levels=levels)
+        self.compare(
+            f"masks of {levels} levels, weight and unit",
+            lambda: median(clock(select, self.params, self.counts)[1] for _ in range(5)),
+            "PyTorch", ask and (lambda _: ask("masks", levels=levels)["seconds"]), ">= 25 x",
+        )  # fmt: skip
 
     def measure_epoch(self, ask: Ask | None) -> None:
         state, masks = self.new_state(1), keep_all(self.params, 1)
         steps = min(self.settings.timed_steps, self.epoch_steps)
+        scale = self.epoch_steps / steps
 
         def ours() -> float:
-            nonlocal state
+            nonlocal state  # goes on from round to round, like PyTorch's
             state, seconds = clock(self.train, state, masks, steps)
-            return seconds
+            return scale * seconds
 
-        scale = self.epoch_steps / steps
-        self.beside_torch("training epoch, dense", 1.05, ours, ask, scale, "train", steps=steps)
+        self.compare(
+            "training epoch, dense", ours, "PyTorch",
+            ask and (lambda _: scale * ask("train", steps=steps)["seconds"]), ">= 1.05 x",
+        )  # fmt: skip
 
     def measure_evaluation(self) -> None:
         val, test, levels = self.data.val, self.data.test, len(self.targets)
         params = self.new_state(levels).params
-
-        def f() -> float:
-            return clock(
-                lambda: evaluate.score(
-                    params, self.masks["weight"], val, test, None,
-                    apply=self.apply, batch_size=_EVALUATION_BATCH, levels_at_once=None,
-                )
-            )[1]  # fmt: skip
-
+        # Padding is not counted, so what is wasted on it lowers the rate.
         macs = levels * (len(val.y) + len(test.y)) * forward_macs(self.sizes)
-        self.beside_matmul(f"evaluation of {levels} weight levels", macs, f)
+        score = functools.partial(
+            evaluate.score, params, self.masks["weight"], val, test, None,
+            apply=self.apply, batch_size=_EVALUATION_BATCH, levels_at_once=None,
+        )  # fmt: skip
+        self.compare(
+            f"evaluation of {levels} weight levels", lambda: clock(score)[1],
+            "matmul", lambda rate: 2 * macs / rate, ">= 80 %",
+        )  # fmt: skip
+
+    def measure_masked_training(self) -> None:
+        """Train from the last but one update of a pruning epoch, and make the last one."""
+        pruned = [target for target in self.targets if target]
+        levels, steps = len(pruned), max(1, round(self.epoch_steps / UPDATES_PER_EPOCH))
+        progress = 1 - Fraction(1, UPDATES_PER_EPOCH)
+        within = select(self.params, self.counts_of([cubic(t, progress) for t in pruned]))
+        counts, state = self.counts_of(pruned), self.new_state(levels)
+        updates: dict[Granularity, list[float]] = {g: [] for g in config.METHODS}
+
+        def ours() -> float:
+            nonlocal state
+            state, seconds = clock(self.train, state, within["weight"], steps)
+            for g in updates:
+                timed = clock(update, state.params, {g: within[g]}, {g: counts[g]})
+                updates[g].append(timed[1])
+            return seconds
+
+        macs = levels * steps * self.settings.batch_size * training_macs(self.sizes)
+        between = self.compare(
+            f"masked training of {levels} levels, {steps} steps", ours,
+            "matmul", lambda rate: 2 * macs / rate, ">= 80 %",
+        )  # fmt: skip
+        between = [s * self.epoch_steps / UPDATES_PER_EPOCH / steps for s in between]
+        for g, seconds in updates.items():
+            seconds = seconds[1:]  # the first one compiled
+            ratios = [a / b for a, b in zip(seconds, between, strict=True)]
+            name = f"update of {levels} levels, {g}"
+            self.rows.append(Row(name, seconds, "training", between, ratios, "<= 5 %"))

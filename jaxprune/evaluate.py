@@ -93,7 +93,7 @@ def score(
 
     scores, predictions = trees.map_levels(one_level, (params, masks), levels_at_once)
     changed = predictions != (predictions[0] if reference is None else reference)
-    return scores._replace(churn=jnp.sum(changed, axis=1) / _exactly(len(test.y))), predictions
+    return scores._replace(churn=jnp.sum(changed, axis=1) / len(test.y)), predictions
 
 
 class _Batches(NamedTuple):
@@ -123,26 +123,19 @@ def _add_up(sums: metrics.Sums) -> metrics.Sums:
     return jax.tree.map(lambda values: jnp.sum(values, axis=0), sums)
 
 
-def _exactly(divisor: Array | int) -> Array:
-    """Keep XLA from multiplying by the rounded inverse of a divisor that it knows."""
-    return jax.lax.optimization_barrier(jnp.asarray(divisor, jnp.float32))
-
-
 def _finish(val: metrics.Sums, test: metrics.Sums, temperature: Array) -> Metrics:
     ece, signed_ece = metrics.calibration_errors(test)
-    val_count, test_count = _exactly(val.count), _exactly(test.count)
-    # NaN for a class without examples.
-    class_accuracy = test.class_correct / _exactly(test.class_count)
+    class_accuracy = test.class_correct / test.class_count  # NaN for a class without examples
     return Metrics(
-        accuracy=test.correct / test_count,
-        loss=test.loss / test_count,
+        accuracy=test.correct / test.count,
+        loss=test.loss / test.count,
         ece=ece,
         signed_ece=signed_ece,
         temperature=temperature,
-        scaled_loss=test.scaled_loss / test_count,
+        scaled_loss=test.scaled_loss / test.count,
         churn=jnp.zeros(()),
         class_accuracy=class_accuracy,
         worst_class_accuracy=jnp.nanmin(class_accuracy),
-        val_accuracy=val.correct / val_count,
-        val_loss=val.loss / val_count,
+        val_accuracy=val.correct / val.count,
+        val_loss=val.loss / val.count,
     )

@@ -197,6 +197,7 @@ def save_figures(rows: Sequence[Row], folder: Path, *, note: str = "") -> list[P
         for suffix, metadata in formats.items():
             paths.append(folder / f"{name}{suffix}")
             fig.savefig(paths[-1], metadata=metadata)
+            fig.set_layout_engine("none")  # it has done its work, which is most of the time
     return paths
 
 

@@ -66,7 +66,7 @@ TREES = st.recursive(
 
 
 @given(TREES)
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_round_trip_of_any_tree(tmp_path_factory, tree):
     path = tmp_path_factory.mktemp("tree") / "0001"
     checkpoints.save(path, item=tree)

@@ -7,7 +7,10 @@ from scipy.special import log_softmax, softmax
 
 from jaxprune import metrics
 
-ONE = jnp.ones(())
+batch_sums = jax.jit(metrics.batch_sums)
+fit_temperature = jax.jit(metrics.fit_temperature)
+
+ONE = np.float32(1)
 LOWEST, HIGHEST = np.log(1e-3), np.log(1e3)
 
 
@@ -20,7 +23,7 @@ def examples(n=200, classes=5, scale=2.0, seed=0):
 
 
 def ones(labels):
-    return jnp.ones(len(labels), jnp.int32)
+    return np.ones(len(labels), np.int32)
 
 
 def reference(logits, labels, temperature=1.0):
@@ -53,10 +56,6 @@ def assert_sums(sums, expected):
         np.testing.assert_allclose(getattr(sums, name), value, rtol=2e-6, err_msg=name)
 
 
-def add(one, other):
-    return jax.tree.map(jnp.add, one, other)
-
-
 def test_cross_entropy_by_hand():
     logits = jnp.log(jnp.array([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]]))
     losses = metrics.cross_entropy(logits, jnp.array([1, 2]))
@@ -75,7 +74,7 @@ def test_of_equal_logits_the_first_is_predicted():
     assert predictions.tolist() == [0, 1, 0, 0]
     for label, correct in ((0, 3), (1, 1), (2, 0)):
         labels = jnp.full(4, label, jnp.int32)
-        assert metrics.batch_sums(logits, labels, ones(labels), ONE).correct == correct
+        assert batch_sums(logits, labels, ones(labels), ONE).correct == correct
 
 
 @pytest.mark.parametrize("classes", [2, 10, 40])
@@ -84,7 +83,7 @@ def test_sums_are_those_of_numpy(classes, temperature):
     logits, labels = examples(classes=classes)
     scaled = jnp.float32(temperature)
     expected = reference(logits, labels, np.float64(scaled))
-    sums = metrics.batch_sums(jnp.asarray(logits), jnp.asarray(labels), ones(labels), scaled)
+    sums = batch_sums(logits, labels, ones(labels), scaled)
     assert_sums(sums, expected)
     for name in ("count", "correct", "bin_correct", "class_count", "class_correct"):
         assert getattr(sums, name).dtype == jnp.int32
@@ -98,7 +97,7 @@ def test_vmapped_over_levels_is_looped():
     temperatures = jnp.array([1.0, 0.5, 2.0])
 
     def sums(logits, temperature):
-        return metrics.batch_sums(logits, labels, ones(labels), temperature)
+        return batch_sums(logits, labels, ones(labels), temperature)
 
     stacked = jax.vmap(sums)(jnp.stack(levels), temperatures)
     fitted = jax.vmap(metrics.fit_temperature, (0, None, None))(
@@ -106,8 +105,8 @@ def test_vmapped_over_levels_is_looped():
     )
     for i, logits in enumerate(levels):
         level = jax.tree.map(lambda x, i=i: x[i], stacked)
-        assert_sums(level, sums(jnp.asarray(logits), temperatures[i])._asdict())
-        alone = metrics.fit_temperature(jnp.asarray(logits), labels, ones(labels))
+        assert_sums(level, sums(logits, temperatures[i])._asdict())
+        alone = fit_temperature(logits, labels, ones(labels))
         np.testing.assert_allclose(fitted[i], alone, rtol=1e-4)
 
 
@@ -117,7 +116,7 @@ def test_sums_of_batches_add_up(cuts):
     temperature = jnp.float32(1.7)
     total = None
     for x, y in zip(np.split(logits, cuts), np.split(labels, cuts), strict=True):
-        sums = metrics.batch_sums(jnp.asarray(x), jnp.asarray(y), ones(y), temperature)
+        sums = batch_sums(x, y, ones(y), temperature)
         total = sums if total is None else add(total, sums)
     assert_sums(total, reference(logits, labels, np.float64(temperature)))
 
@@ -126,13 +125,13 @@ def test_sums_of_batches_add_up(cuts):
 def test_padding_of_weight_zero_is_ignored(filler):
     logits, labels = examples(n=50)
     weight = jnp.concatenate([jnp.ones(50, jnp.int32), jnp.zeros(14, jnp.int32)])
-    padded = jnp.concatenate([jnp.asarray(logits), jnp.full((14, 5), filler)])
-    padded_labels = jnp.concatenate([jnp.asarray(labels), jnp.zeros(14, jnp.int32)])
+    padded = jnp.concatenate([logits, jnp.full((14, 5), filler)])
+    padded_labels = jnp.concatenate([labels, jnp.zeros(14, jnp.int32)])
     temperature = jnp.float32(0.8)
-    sums = metrics.batch_sums(padded, padded_labels, weight, temperature)
+    sums = batch_sums(padded, padded_labels, weight, temperature)
     assert_sums(sums, reference(logits, labels, np.float64(temperature)))
-    expected = metrics.fit_temperature(jnp.asarray(logits), jnp.asarray(labels), ones(labels))
-    fitted = metrics.fit_temperature(padded, padded_labels, weight)
+    expected = fit_temperature(logits, labels, ones(labels))
+    fitted = fit_temperature(padded, padded_labels, weight)
     np.testing.assert_allclose(fitted, expected, rtol=1e-4)
 
 
@@ -140,7 +139,7 @@ def test_weights_choose_examples_anywhere():
     logits, labels = examples(n=60)
     chosen = np.arange(60) % 3 != 0
     weight = jnp.asarray(chosen, jnp.int32)
-    sums = metrics.batch_sums(jnp.asarray(logits), jnp.asarray(labels), weight, ONE)
+    sums = batch_sums(logits, labels, weight, ONE)
     assert_sums(sums, reference(logits[chosen], labels[chosen]))
 
 
@@ -168,13 +167,13 @@ def test_a_confidence_on_an_edge_is_in_the_bin_below(shares, inside, jitted):
 def test_ece_tells_the_two_sides_of_an_edge_apart():
     # 1/3 is on the upper edge of the bin of 0.3: right and wrong make up for each other there.
     logits = of_probabilities([[1 / 3, 1 / 3, 1 / 3, 0], [0.3, 0.3, 0.2, 0.2]])
-    sums = metrics.batch_sums(logits, jnp.array([0, 3]), jnp.array([1, 1]), ONE)
+    sums = batch_sums(logits, jnp.array([0, 3]), jnp.array([1, 1]), ONE)
     ece, signed_ece = metrics.calibration_errors(sums)
     np.testing.assert_allclose(ece, abs(1 / 3 + 0.3 - 1) / 2, rtol=1e-5)
     np.testing.assert_allclose(signed_ece, (1 / 3 + 0.3 - 1) / 2, rtol=1e-5)
     # A little above it is another bin, and the gaps add up.
     logits = of_probabilities([[0.34, 0.33, 0.33, 0], [0.3, 0.3, 0.2, 0.2]])
-    sums = metrics.batch_sums(logits, jnp.array([0, 3]), jnp.array([1, 1]), ONE)
+    sums = batch_sums(logits, jnp.array([0, 3]), jnp.array([1, 1]), ONE)
     ece, _ = metrics.calibration_errors(sums)
     np.testing.assert_allclose(ece, (0.66 + 0.3) / 2, rtol=1e-5)
 
@@ -184,7 +183,7 @@ def test_ece_tells_the_two_sides_of_an_edge_apart():
 )
 def test_the_sign_of_signed_ece(label, expected):
     logits = of_probabilities([[0.9, 0.1]])
-    sums = metrics.batch_sums(logits, jnp.array([label]), jnp.array([1]), ONE)
+    sums = batch_sums(logits, jnp.array([label]), jnp.array([1]), ONE)
     ece, signed_ece = metrics.calibration_errors(sums)
     np.testing.assert_allclose(signed_ece, expected, rtol=1e-5)
     np.testing.assert_allclose(ece, abs(expected), rtol=1e-5)
@@ -200,7 +199,7 @@ def test_calibration_errors_are_those_of_numpy(scale):
         inside = (confidence > b / 15) & (confidence <= (b + 1) / 15)
         if inside.any():
             ece += inside.mean() * abs(confidence[inside].mean() - right[inside].mean())
-    sums = metrics.batch_sums(jnp.asarray(logits), jnp.asarray(labels), ones(labels), ONE)
+    sums = batch_sums(logits, labels, ones(labels), ONE)
     found = metrics.calibration_errors(sums)
     np.testing.assert_allclose(found, (ece, confidence.mean() - right.mean()), rtol=1e-4)
 
@@ -232,35 +231,35 @@ def test_temperature_is_that_of_scipy(scale, classes):
 
 def test_temperature_is_at_a_bound_where_the_optimum_is_beyond_it():
     logits, labels = examples(n=50)
-    labels = jnp.asarray(labels)
-    right = jax.nn.one_hot(labels, 5) * 3.0 + jnp.asarray(logits) * 0.1
+    labels = labels
+    right = jax.nn.one_hot(labels, 5) * 3.0 + logits * 0.1
     expected, _ = best_temperature(right, labels)
-    fitted = metrics.fit_temperature(right, labels, ones(labels))
+    fitted = fit_temperature(right, labels, ones(labels))
     np.testing.assert_allclose(fitted, 1e-3, rtol=1e-4)
     # Always wrong: the less it says, the better.
     expected, _ = best_temperature(-right, labels)
     np.testing.assert_allclose(expected, 1e3, rtol=1e-4)
-    fitted = metrics.fit_temperature(-right, labels, ones(labels))
+    fitted = fit_temperature(-right, labels, ones(labels))
     np.testing.assert_allclose(fitted, 1e3, rtol=1e-4)
     # An optimum that exists, but at a temperature above 1000.
     logits, labels = examples(scale=1e5)
-    fitted = metrics.fit_temperature(jnp.asarray(logits), jnp.asarray(labels), ones(labels))
+    fitted = fit_temperature(logits, labels, ones(labels))
     np.testing.assert_allclose(fitted, 1e3, rtol=1e-4)
 
 
 def test_temperature_of_zero_logits_is_one():
     labels = jnp.array([0, 1, 2, 0])
-    assert metrics.fit_temperature(jnp.zeros((4, 3)), labels, ones(labels)) == 1.0
+    assert fit_temperature(jnp.zeros((4, 3)), labels, ones(labels)) == 1.0
     # What is padded does not count as a logit that is not zero.
     weight = jnp.array([1, 1, 0, 0])
     padded = jnp.zeros((4, 3)).at[2:].set(jnp.nan)
-    assert metrics.fit_temperature(padded, labels, weight) == 1.0
+    assert fit_temperature(padded, labels, weight) == 1.0
     # One logit that is not does.
-    assert metrics.fit_temperature(jnp.zeros((4, 3)).at[0, 0].set(1.0), labels, weight) != 1.0
+    assert fit_temperature(jnp.zeros((4, 3)).at[0, 0].set(1.0), labels, weight) != 1.0
 
 
 def test_temperature_undoes_a_scale():
     logits, labels = examples(n=400)
-    once = metrics.fit_temperature(jnp.asarray(logits), jnp.asarray(labels), ones(labels))
-    scaled = metrics.fit_temperature(jnp.asarray(8 * logits), jnp.asarray(labels), ones(labels))
+    once = fit_temperature(logits, labels, ones(labels))
+    scaled = fit_temperature(8 * logits, labels, ones(labels))
     np.testing.assert_allclose(scaled, 8 * once, rtol=1e-4)

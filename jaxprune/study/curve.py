@@ -140,7 +140,7 @@ def make_rows(
 
 
 def _plain(value: np.ndarray) -> Any:
-    """Return Python floats, by the shortest decimal of their own precision; NaN is None."""
+    """Return Python floats of 7 significant digits, what float32 holds; NaN is None."""
     if value.ndim:
         return [_plain(v) for v in value]
-    return None if np.isnan(value) else float(str(value))
+    return None if np.isnan(value) else float(f"{value:.7g}")
