@@ -3,22 +3,25 @@
     python experiments/benchmark.py --torch .venv-torch/bin/python
 
 On real Fashion-MNIST and the challenge's network after some hundred steps of training, in one run,
-one thing at a time: every round measures both sides of a ratio one after the other, and the rate of
-matrix multiplication before and after. Compilation is left out. PyTorch runs in an environment of
-its own (`make benchmark` makes it), in a process that waits meanwhile.
+one thing at a time: a round measures both sides of a ratio one after the other, and the rate of
+matrix multiplication before and after ours. Compilation is left out. PyTorch runs in an environment
+of its own (`make benchmark` makes it), in a process that waits meanwhile.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -29,16 +32,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxprune import config, data, evaluate, metrics, models, schedules, sparsity, trees
+from jaxprune import config, data, evaluate, metrics, models, sparsity, trees
 from jaxprune.masks import apply_masks, masks_at
+from jaxprune.schedules import cubic
 from jaxprune.scores import magnitude
 from jaxprune.study.curve import keep_all
 from jaxprune.study.sweep import _EVALUATION_BATCH, UPDATES_PER_EPOCH
 from jaxprune.train import TrainState, batch_indices, init_state, make_train
 from jaxprune.types import Counts, Granularity, Masks, Params
 
-Ask = Callable[..., dict[str, Any]]
-"""`ask(op, **arguments)`: have PyTorch's process do something."""
+Ask = Callable[..., Any]  # `ask(op, **arguments)` has PyTorch's process do something
 
 
 class Settings(NamedTuple):
@@ -58,39 +61,38 @@ class Row(NamedTuple):
 
     name: str
     seconds: list[float]
-    beside: str  # what it is compared with
+    other: str  # what it is compared with
     theirs: list[float]  # its seconds; empty where it was not measured
     ratios: list[float]
-    goal: str
+    goal: str  # such as `>= 25 x` or `<= 5 %`
 
 
 def forward_macs(sizes: Sequence[int]) -> int:
     """Return the multiply-adds of an example in a network of these layer sizes."""
-    return sum(a * b for a, b in zip(sizes, sizes[1:], strict=False))
+    return sum(a * b for a, b in itertools.pairwise(sizes))
 
 
 def training_macs(sizes: Sequence[int]) -> int:
-    """Return those of a training step: forward, weights' and, but in layer 1, inputs' gradients."""
+    """Return those of training: forward, weights' gradients and, but in layer 1, the inputs'."""
     return 3 * forward_macs(sizes) - sizes[0] * sizes[1]
 
 
-def clock(f: Callable, *args: Any) -> tuple[Any, float]:
+def clock(f: Callable, *args: Any, **options: Any) -> tuple[Any, float]:
     """Return a computed result and the seconds it took."""
     started = time.perf_counter()
-    result = jax.block_until_ready(f(*args))
+    result = jax.block_until_ready(f(*args, **options))
     return result, time.perf_counter() - started
 
 
 def masks_by_argsort(kernel: np.ndarray, counts: np.ndarray, granularity: str) -> np.ndarray:
     """Return the masks of all levels, (levels, inputs, outputs), by NumPy's stable argsort."""
-    scores = np.abs(kernel)
-    if granularity == "unit":
-        scores = np.sqrt(np.sum(np.square(kernel, dtype=np.float64), axis=0))
+    unit = granularity == "unit"
+    scores = np.sum(np.square(kernel, dtype=np.float64), axis=0) if unit else np.abs(kernel)
     order = np.argsort(scores, axis=None, kind="stable")
-    masks = np.ones((len(counts), scores.size), bool)
+    masks = np.ones((len(counts), *scores.shape), bool)
     for mask, count in zip(masks, counts, strict=True):
-        mask[order[:count]] = False
-    return np.broadcast_to(masks.reshape(-1, *scores.shape), (len(counts), *kernel.shape))
+        mask.flat[order[:count]] = False
+    return np.broadcast_to(masks[:, None] if unit else masks, (len(counts), *kernel.shape))
 
 
 @jax.jit
@@ -99,18 +101,14 @@ def select(params: Params, counts: dict[Granularity, Counts]) -> dict[Granularit
     return {g: masks_at(magnitude(params), c, granularity=g) for g, c in counts.items()}
 
 
-@jax.jit
-def update(
-    params: Params, masks: dict[Granularity, Masks], counts: dict[Granularity, Counts]
-) -> dict[Granularity, Masks]:
+@partial(jax.jit, static_argnums=0)
+def update(granularity: Granularity, params: Params, masks: Masks, counts: Counts) -> Masks:
     """Select anew in every level among what is kept, as `study.sweep` does."""
 
-    def one_level(level: tuple[Params, dict, dict]) -> dict[Granularity, Masks]:
+    def one_level(level: tuple[Params, Masks, Counts]) -> Masks:
         params, masks, counts = level
-        return {
-            g: masks_at(magnitude(apply_masks(params, m)), counts[g], granularity=g, within=m)
-            for g, m in masks.items()
-        }
+        scores = magnitude(apply_masks(params, masks))
+        return masks_at(scores, counts, granularity=granularity, within=masks)
 
     return trees.map_levels(one_level, (params, masks, counts))
 
@@ -118,30 +116,24 @@ def update(
 @contextlib.contextmanager
 def torch_worker(python: str, inputs: dict[str, Any]) -> Iterator[Ask]:
     """Run `torch_baseline.py` in another interpreter, with these arrays."""
+    script, pipe = Path(__file__).with_name("torch_baseline.py"), subprocess.PIPE
     with tempfile.TemporaryDirectory() as folder:
         np.savez(f"{folder}/inputs.npz", **inputs)
-        script = str(Path(__file__).with_name("torch_baseline.py"))
-        process = subprocess.Popen(
-            [python, script, f"{folder}/inputs.npz", str(cores())],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        assert process.stdin and process.stdout
+        command = [python, str(script), f"{folder}/inputs.npz", str(cores())]
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+            assert process.stdin and process.stdout
 
-        def ask(op: str, **arguments: Any) -> dict[str, Any]:
-            time.sleep(0.05)  # threads of either side spin for some milliseconds before they sleep
-            with contextlib.suppress(BrokenPipeError):
-                print(json.dumps({"op": op, **arguments}), file=process.stdin, flush=True)
-            answer = process.stdout.readline()
-            if not answer:
-                raise RuntimeError(f"{python} ended at {op!r}, for the reason above")
-            time.sleep(0.05)
-            return json.loads(answer)
+            def ask(op: str, **arguments: Any) -> Any:
+                time.sleep(0.05)  # threads spin for some milliseconds before they sleep
+                with contextlib.suppress(BrokenPipeError):
+                    print(json.dumps({"op": op, **arguments}), file=process.stdin, flush=True)
+                answer = process.stdout.readline()
+                if not answer:
+                    raise RuntimeError(f"{python} ended at {op!r}, for the reason above")
+                time.sleep(0.05)
+                return json.loads(answer)
 
-        try:
             yield ask
-        finally:
-            process.terminate()
-            process.communicate()
 
 
 class Benchmark:
@@ -182,59 +174,52 @@ class Benchmark:
 
     def matmul_rate(self, name: str) -> float:
         seconds = median(clock(self.multiply, *self.factors)[1] for _ in range(3))
-        rate = 2 * self.settings.matmul_size**3 / seconds
-        self.rates.setdefault(name, []).append(rate)
-        return rate
+        self.rates.setdefault(name, []).append(2 * self.settings.matmul_size**3 / seconds)
+        return self.rates[name][-1]
 
     def compare(
-        self, name: str, ours: Callable[[], float],
-        beside: str, theirs: Callable[[float], float] | None, goal: str,
+        self, name: str, goal: str, ours: Callable[[], float], other: str,
+        theirs: Callable[[float], float] | None,
     ) -> list[float]:  # fmt: skip
         """Add a row of the seconds that `ours` returns and `theirs`, given the matmul's rate."""
         seconds, others = [], []
-        ours(), clock(self.multiply, *self.factors)  # compiles, warms up
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        clock(self.multiply, *self.factors), ours()  # compiles
         for _ in range(self.settings.rounds):
             before = self.matmul_rate(name)
             seconds.append(ours())
             rate = (before + self.matmul_rate(name)) / 2
-            if theirs is not None:
-                others.append(theirs(rate))
+            others += [theirs(rate)] if theirs else []
         ratios = [b / a for a, b in zip(seconds, others, strict=False)]
-        self.rows.append(Row(name, seconds, beside, others, ratios, goal))
+        self.rows.append(Row(name, seconds, other, others, ratios, goal))
         return seconds
-
-    def check(self, ask: Ask | None) -> None:
-        """Raise ArithmeticError unless all masks are exact and PyTorch has the same network."""
-        for g, masks in self.masks.items():
-            for name in self.params:
-                kernel, counts = self.params[name]["kernel"], self.counts[g][name]["kernel"]
-                right = masks_by_argsort(np.asarray(kernel), counts, g)
-                if not np.array_equal(np.asarray(masks[name]["kernel"]), right):
-                    raise ArithmeticError(f"the {g} masks of {name} are not those of an argsort")
-        if ask is not None:
-            x, y = (values[:500] for values in self.data.train)
-            ours = float(metrics.cross_entropy(self.apply(self.params, x), y).mean())
-            theirs = ask("loss", examples=500)["loss"]
-            if abs(ours - theirs) > 1e-4:
-                raise ArithmeticError(f"the loss is {ours:.6f}, but {theirs:.6f} in PyTorch")
 
     def torch_inputs(self) -> dict[str, Any]:
         names = sorted(self.params)  # hidden_0, hidden_1, ..., logits
-        kernels = {f"kernel_{i}": self.params[name]["kernel"] for i, name in enumerate(names)}
-        counts = {
-            f"{g}_counts": np.stack([c[name]["kernel"] for name in names[:-1]], axis=1)
-            for g, c in self.counts.items()
-        }
-        x, y = self.data.train
+        inputs = {f"kernel_{i}": self.params[name]["kernel"] for i, name in enumerate(names)}
+        for g, counts in self.counts.items():
+            inputs[f"{g}_counts"] = np.stack([counts[name]["kernel"] for name in names[:-1]], 1)
         sizes = {"layers": len(names), "batch_size": self.settings.batch_size}
-        return {"x": x, "y": y, **sizes, **kernels, **counts}
+        return inputs | sizes | self.data.train._asdict()
+
+    def check(self, ask: Ask | None) -> None:
+        """Raise ArithmeticError unless all masks are exact and PyTorch has the same network."""
+        for g, name in itertools.product(self.masks, self.params):
+            kernel, counts = self.params[name]["kernel"], self.counts[g][name]["kernel"]
+            right = masks_by_argsort(np.asarray(kernel), counts, g)
+            if not np.array_equal(np.asarray(self.masks[g][name]["kernel"]), right):
+                raise ArithmeticError(f"the {g} masks of {name} are not those of an argsort")
+        x, y = (values[:500] for values in self.data.train)
+        loss = float(metrics.cross_entropy(self.apply(self.params, x), y).mean())
+        if ask and abs(loss - ask("loss", examples=len(y))["loss"]) > 1e-4:
+            raise ArithmeticError(f"PyTorch's loss is not {loss:.6f}: it has another network")
 
     def measure_masks(self, ask: Ask | None) -> None:
         levels = len(self.targets)
         self.compare(
-            f"masks of {levels} levels, weight and unit",
+            f"masks of {levels} levels, weight and unit", ">= 25 x",
             lambda: median(clock(select, self.params, self.counts)[1] for _ in range(5)),
-            "PyTorch", ask and (lambda _: ask("masks", levels=levels)["seconds"]), ">= 25 x",
+            "PyTorch", ask and (lambda _: ask("masks", levels=levels)["seconds"]),
         )  # fmt: skip
 
     def measure_epoch(self, ask: Ask | None) -> None:
@@ -248,26 +233,23 @@ class Benchmark:
             return scale * seconds
 
         self.compare(
-            "training epoch, dense", ours, "PyTorch",
-            ask and (lambda _: scale * ask("train", steps=steps)["seconds"]), ">= 1.05 x",
+            f"training epoch, by {steps} of its steps", ">= 1.05 x", ours,
+            "PyTorch", ask and (lambda _: scale * ask("train", steps=steps)["seconds"]),
         )  # fmt: skip
 
     def measure_evaluation(self) -> None:
-        val, test, levels = self.data.val, self.data.test, len(self.targets)
-        params = self.new_state(levels).params
+        (_, val, test), levels = self.data, len(self.targets)
+        args = self.new_state(levels).params, self.masks["weight"], val, test, None
+        options = {"apply": self.apply, "batch_size": _EVALUATION_BATCH, "levels_at_once": None}
         # Padding is not counted, so what is wasted on it lowers the rate.
-        macs = levels * (len(val.y) + len(test.y)) * forward_macs(self.sizes)
-        score = functools.partial(
-            evaluate.score, params, self.masks["weight"], val, test, None,
-            apply=self.apply, batch_size=_EVALUATION_BATCH, levels_at_once=None,
-        )  # fmt: skip
+        flop = 2 * levels * (len(val.y) + len(test.y)) * forward_macs(self.sizes)
         self.compare(
-            f"evaluation of {levels} weight levels", lambda: clock(score)[1],
-            "matmul", lambda rate: 2 * macs / rate, ">= 80 %",
+            f"evaluation of {levels} weight levels", ">= 80 %",
+            lambda: clock(evaluate.score, *args, **options)[1], "matmul", lambda rate: flop / rate,
         )  # fmt: skip
 
     def measure_masked_training(self) -> None:
-        """Train from the last but one update of a pruning epoch, and make the last one."""
+        """Train after the last but one update of a pruning epoch, and make the last one."""
         pruned = [target for target in self.targets if target]
         levels, steps = len(pruned), max(1, round(self.epoch_steps / UPDATES_PER_EPOCH))
         progress = 1 - Fraction(1, UPDATES_PER_EPOCH)
@@ -279,18 +261,102 @@ class Benchmark:
             nonlocal state
             state, seconds = clock(self.train, state, within["weight"], steps)
             for g in updates:
-                timed = clock(update, state.params, {g: within[g]}, {g: counts[g]})
-                updates[g].append(timed[1])
+                updates[g].append(clock(update, g, state.params, within[g], counts[g])[1])
             return seconds
 
-        macs = levels * steps * self.settings.batch_size * training_macs(self.sizes)
-        between = self.compare(
-            f"masked training of {levels} levels, {steps} steps", ours,
-            "matmul", lambda rate: 2 * macs / rate, ">= 80 %",
-        )  # fmt: skip
-        between = [s * self.epoch_steps / UPDATES_PER_EPOCH / steps for s in between]
-        for g, seconds in updates.items():
-            seconds = seconds[1:]  # the first one compiled
-            ratios = [a / b for a, b in zip(seconds, between, strict=True)]
+        flop = 2 * levels * steps * self.settings.batch_size * training_macs(self.sizes)
+        name = f"masked training of {levels} levels, {steps} steps"
+        training = self.compare(name, ">= 80 %", ours, "matmul", lambda rate: flop / rate)
+        training = [s * self.epoch_steps / UPDATES_PER_EPOCH / steps for s in training]
+        for g, (_, *seconds) in updates.items():  # the first one compiled
+            ratios = [a / b for a, b in zip(seconds, training, strict=True)]
             name = f"update of {levels} levels, {g}"
-            self.rows.append(Row(name, seconds, "training", between, ratios, "<= 5 %"))
+            self.rows.append(Row(name, seconds, "training", training, ratios, "<= 5 %"))
+
+
+def spread(values: Sequence[float], unit: str) -> str:
+    """Return the median, the range and the unit; a dash for no values."""
+    scale, digits = {"s": (1, 3), "x": (1, 2), "%": (100, 1), "GFLOP/s": (1e-9, 1)}[unit]
+    numbers = [f"{f(values) * scale:.{digits}f}" for f in (median, min, max) if values]
+    return "{} ({}-{}) {}".format(*numbers, unit) if values else "-"
+
+
+def table(rows: Sequence[Row], rates: dict[str, list[float]]) -> str:
+    """Return a line a row: the seconds of both, their ratio, its goal, and whether it is met."""
+    cells = [("", "jaxprune", "beside", "", "ratio", "goal", "met", "matmul meanwhile")]
+    for name, seconds, other, theirs, ratios, goal in rows:
+        sign, number, unit = goal.split()
+        limit = float(number) / (100 if unit == "%" else 1)
+        met = ratios and (median(ratios) >= limit if sign == ">=" else median(ratios) <= limit)
+        cells.append((
+            name, spread(seconds, "s"), other, spread(theirs, "s"), spread(ratios, unit), goal,
+            "-" if not ratios else "yes" if met else "no", spread(rates.get(name, []), "GFLOP/s"),
+        ))  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
+
+
+def cores() -> int:
+    """Return how many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def device() -> str:
+    """Describe the processor."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
+    return f"{cores()} cores of {(names or [platform.processor() or platform.machine()])[0]}"
+
+
+def run(loaded: data.Data, settings: Settings, python: str | None) -> dict[str, Any]:
+    """Measure everything, print it, and return all numbers."""
+    versions = {name: version(name) for name in ("jax", "jaxlib", "numpy", "optax", "flax")}
+    load = os.getloadavg()[0]
+    bench = Benchmark(loaded, settings)
+    worker = torch_worker(python, bench.torch_inputs()) if python else contextlib.nullcontext()
+    with worker as ask:
+        versions |= {"python": platform.python_version(), **(ask("version") if ask else {})}
+        bench.check(ask)
+        bench.measure_masks(ask)
+        bench.measure_epoch(ask)
+    bench.measure_evaluation()
+    bench.measure_masked_training()
+    where = f"{device()}, {platform.system()}, load {load:.1f} at the start"
+    network = "-".join(map(str, bench.sizes))
+    print(where, ", ".join(f"{name} {number}" for name, number in versions.items()), sep="\n")
+    print(f"{network}, trained for {settings.trained_steps} steps on {len(loaded.train.y):,} images")
+    print(f"medians (and ranges) of {settings.rounds} rounds; ratios are of one round each\n")
+    print(table(bench.rows, bench.rates))
+    every = [rate for rates in bench.rates.values() for rate in rates]
+    size = settings.matmul_size
+    print(f"\nmatmul, float32 {size}^3: {spread(every, 'GFLOP/s')} over the whole run")
+    if python is None:
+        print("-: PyTorch was not measured; `make benchmark` does, or --torch PYTHON that has it")
+    return {
+        "device": where, "versions": versions, "settings": settings._asdict(),
+        "rows": [row._asdict() for row in bench.rows], "matmul_flop_per_second": bench.rates,
+    }  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the flags, measure, and keep the numbers."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--torch", metavar="PYTHON", help="an interpreter with torch and numpy")
+    parser.add_argument("--rounds", type=int, default=5, help="of each measurement (%(default)s)")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="where to keep all numbers")
+    args = parser.parse_args(argv)
+    if args.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {args.rounds}")
+    if args.out and not args.out.parent.is_dir():
+        parser.error(f"--out: no such folder: {args.out.parent}")
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        numbers = run(data.load("fashion_mnist"), Settings(args.rounds), args.torch)
+    except (OSError, ValueError, ArithmeticError, RuntimeError) as error:
+        parser.exit(1, f"benchmark.py: {error}\n")
+    if args.out:
+        args.out.write_text(json.dumps({"command": sys.argv, **numbers}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

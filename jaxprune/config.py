@@ -117,10 +117,10 @@ def check_levels(levels: tuple[float, ...]) -> None:
         raise ValueError("levels must name at least one percentage in [0, 100], got none")
     for level in levels:
         if not 0 <= level <= 100:
-            raise ValueError(f"levels must be in [0, 100] percent, got {level:g}")
+            raise ValueError(f"levels must be in [0, 100] percent, got {level:.12g}")
     twice = [level for level, times in Counter(levels).items() if times > 1]
     if twice:
-        raise ValueError(f"levels must be distinct, got {twice[0]:g} more than once")
+        raise ValueError(f"levels must be distinct, got {twice[0]:.12g} more than once")
     if any(levels) and max(levels) <= 1:
         raise ValueError(
             f"levels are in percent: for {max(levels):g} as a fraction give {max(levels) * 100:g}"

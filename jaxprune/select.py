@@ -52,13 +52,18 @@ def _ordered_bits(scores: Array) -> Array:
 def _by_sort(bits: Array, counts: Array) -> Array:
     """Take the threshold from a sort and tell equal elements apart by a running count."""
     in_order = jnp.sort(bits)
+    index = jnp.arange(bits.size, dtype=jnp.int32)
 
     def keep(count: Array) -> Array:
         threshold = in_order[jnp.maximum(count - 1, 0)]
         less = bits < threshold
         equal = bits == threshold
         wanted = count - less.sum(dtype=jnp.int32)
-        return ~(less | (equal & (jnp.cumsum(equal, dtype=jnp.int32) <= wanted)))
+        # A cut-off, not the running count itself: a unit's column is the result broadcast, and XLA
+        # would repeat what it fuses, the count included, for every weight of the column.
+        running = jnp.cumsum(equal, dtype=jnp.int32)
+        stop = jnp.searchsorted(running, wanted, side="right").astype(jnp.int32)
+        return ~(less | (equal & (index < stop)))
 
     return jax.vmap(keep)(counts)
 
