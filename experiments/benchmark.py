@@ -10,7 +10,6 @@ of its own (`make benchmark` makes it), in a process that waits meanwhile.
 
 import argparse
 import contextlib
-import itertools
 import json
 import os
 import platform
@@ -20,9 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from fractions import Fraction
-from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -32,28 +28,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxprune import config, data, evaluate, metrics, models, sparsity, trees
+from jaxprune import config, data, metrics, models, sparsity, trees
+from jaxprune.evaluate import evaluate_levels
 from jaxprune.masks import apply_masks, masks_at
-from jaxprune.schedules import cubic
 from jaxprune.scores import magnitude
 from jaxprune.study.curve import keep_all
-from jaxprune.study.sweep import _EVALUATION_BATCH, UPDATES_PER_EPOCH
-from jaxprune.train import TrainState, batch_indices, init_state, make_train
+from jaxprune.study.sweep import UPDATES_PER_EPOCH
+from jaxprune.train import batch_indices, init_state, make_train
 from jaxprune.types import Counts, Granularity, Masks, Params
 
+BATCH_SIZE = 128
+TRAINED_STEPS = 300  # of the network that is pruned and evaluated
+TIMED_STEPS = 100  # of the training that is compared with PyTorch's
 Ask = Callable[..., Any]  # `ask(op, **arguments)` has PyTorch's process do something
-
-
-class Settings(NamedTuple):
-    """What is measured; the tests take less."""
-
-    rounds: int = 5
-    hidden_sizes: tuple[int, ...] = (1000, 1000, 500, 200)
-    levels: tuple[float, ...] = config.LEVELS
-    batch_size: int = 128
-    trained_steps: int = 300  # of the network that is pruned and evaluated
-    timed_steps: int = 100  # of the training that is compared with PyTorch's
-    matmul_size: int = 2000
 
 
 class Row(NamedTuple):
@@ -67,20 +54,19 @@ class Row(NamedTuple):
     goal: str  # such as `>= 25 x` or `<= 5 %`
 
 
-def forward_macs(sizes: Sequence[int]) -> int:
-    """Return the multiply-adds of an example in a network of these layer sizes."""
-    return sum(a * b for a, b in itertools.pairwise(sizes))
+def macs(sizes: Sequence[int], *, training: bool) -> int:
+    """Return the multiply-adds that an example costs in a network of these layer sizes.
+
+    Training computes the gradients of weights and, but in layer 1, of inputs too.
+    """
+    forward = sum(a * b for a, b in zip(sizes, sizes[1:], strict=False))
+    return 3 * forward - sizes[0] * sizes[1] if training else forward
 
 
-def training_macs(sizes: Sequence[int]) -> int:
-    """Return those of training: forward, weights' gradients and, but in layer 1, the inputs'."""
-    return 3 * forward_macs(sizes) - sizes[0] * sizes[1]
-
-
-def clock(f: Callable, *args: Any, **options: Any) -> tuple[Any, float]:
+def clock(f: Callable, *args: Any) -> tuple[Any, float]:
     """Return a computed result and the seconds it took."""
     started = time.perf_counter()
-    result = jax.block_until_ready(f(*args, **options))
+    result = jax.block_until_ready(f(*args))
     return result, time.perf_counter() - started
 
 
@@ -101,16 +87,15 @@ def select(params: Params, counts: dict[Granularity, Counts]) -> dict[Granularit
     return {g: masks_at(magnitude(params), c, granularity=g) for g, c in counts.items()}
 
 
-@partial(jax.jit, static_argnums=0)
+@jax.jit(static_argnums=0)
 def update(granularity: Granularity, params: Params, masks: Masks, counts: Counts) -> Masks:
     """Select anew in every level among what is kept, as `study.sweep` does."""
 
-    def one_level(level: tuple[Params, Masks, Counts]) -> Masks:
-        params, masks, counts = level
+    def one_level(params: Params, masks: Masks, counts: Counts) -> Masks:
         scores = magnitude(apply_masks(params, masks))
         return masks_at(scores, counts, granularity=granularity, within=masks)
 
-    return trees.map_levels(one_level, (params, masks, counts))
+    return trees.map_levels(lambda level: one_level(*level), (params, masks, counts))
 
 
 @contextlib.contextmanager
@@ -121,13 +106,11 @@ def torch_worker(python: str, inputs: dict[str, Any]) -> Iterator[Ask]:
         np.savez(f"{folder}/inputs.npz", **inputs)
         command = [python, str(script), f"{folder}/inputs.npz", str(cores())]
         with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
-            assert process.stdin and process.stdout
 
             def ask(op: str, **arguments: Any) -> Any:
                 time.sleep(0.05)  # threads spin for some milliseconds before they sleep
-                with contextlib.suppress(BrokenPipeError):
-                    print(json.dumps({"op": op, **arguments}), file=process.stdin, flush=True)
-                answer = process.stdout.readline()
+                print(json.dumps({"op": op, **arguments}), file=process.stdin, flush=True)
+                answer = process.stdout and process.stdout.readline()
                 if not answer:
                     raise RuntimeError(f"{python} ended at {op!r}, for the reason above")
                 time.sleep(0.05)
@@ -137,44 +120,46 @@ def torch_worker(python: str, inputs: dict[str, Any]) -> Iterator[Ask]:
 
 
 class Benchmark:
-    """The network, the data, and what has been measured."""
+    """The trained network, its masks, and what has been measured."""
 
-    def __init__(self, loaded: data.Data, settings: Settings):
-        self.settings = settings
+    def __init__(self, loaded: data.Data, rounds: int, hidden_sizes: Sequence[int], size: int):
+        self.data, self.num_rounds, self.matmul_flop = loaded, rounds, 2 * size**3
         self.rows: list[Row] = []
         self.rates: dict[str, list[float]] = {}  # the matmul's FLOP/s, by what was measured then
-        self.multiply, size = jax.jit(jnp.matmul), settings.matmul_size
+        self.multiply = jax.jit(jnp.matmul)
         self.factors = jax.random.normal(jax.random.key(0), (2, size, size))
-        self.data = jax.tree.map(jnp.asarray, loaded)
-        features, classes = loaded.train.x.shape[1], int(loaded.train.y.max()) + 1
-        self.sizes = (features, *settings.hidden_sizes, classes)
-        self.epoch_steps = len(loaded.train.y) // settings.batch_size
-        init, self.apply = models.mlp(features, settings.hidden_sizes, classes)
+        self.epoch_steps = len(loaded.train.y) // BATCH_SIZE
+        self.sizes = (loaded.train.x.shape[1], *hidden_sizes, int(loaded.train.y.max()) + 1)
+        init, self.apply = models.mlp(self.sizes[0], hidden_sizes, self.sizes[-1])
         self.optimizer = optax.adam(1e-3)
         self.program = jax.jit(make_train(self.apply, self.optimizer))
         self.params = init(jax.random.key(0))
-        state = self.train(self.new_state(1), keep_all(self.params, 1), settings.trained_steps)
-        self.params = jax.tree.map(lambda leaf: leaf[0], state.params)
-        self.targets = [config.sparsity_of_level(level) for level in settings.levels]
+        self.start(1)
+        params = self.train(keep_all(self.params, 1), min(TRAINED_STEPS, self.epoch_steps))
+        self.params = jax.tree.map(lambda leaf: leaf[0], params)
+        self.targets = [config.sparsity_of_level(level) for level in config.LEVELS]
         self.counts = self.counts_of(self.targets)
         self.masks = select(self.params, self.counts)
 
     def counts_of(self, targets: Sequence[Any]) -> dict[Granularity, Counts]:
         return {g: sparsity.counts(self.params, targets, granularity=g) for g in config.METHODS}
 
-    def new_state(self, levels: int) -> TrainState:
+    def start(self, levels: int) -> Params:
+        """Have all levels start from the network, and return them."""
         state = init_state(self.params, self.optimizer)
-        return jax.tree.map(lambda leaf: jnp.stack([leaf] * levels), state)
+        self.state = jax.tree.map(lambda leaf: jnp.stack([leaf] * levels), state)
+        return self.state.params
 
-    def train(self, state: TrainState, masks: Masks, steps: int) -> TrainState:
-        """Shuffle, and make the first steps of an epoch."""
+    def train(self, masks: Masks, steps: int) -> Params:
+        """Shuffle, make the first steps of an epoch from where the last call ended, and return."""
         x, y = self.data.train
-        batches = batch_indices(jax.random.key(0), len(y), self.settings.batch_size)
-        return self.program(state, masks, x, y, batches, np.int32(0), np.int32(steps))[0]
+        batches = batch_indices(jax.random.key(0), len(y), BATCH_SIZE)
+        self.state, _ = self.program(self.state, masks, x, y, batches, np.int32(0), np.int32(steps))
+        return self.state.params
 
     def matmul_rate(self, name: str) -> float:
         seconds = median(clock(self.multiply, *self.factors)[1] for _ in range(3))
-        self.rates.setdefault(name, []).append(2 * self.settings.matmul_size**3 / seconds)
+        self.rates.setdefault(name, []).append(self.matmul_flop / seconds)
         return self.rates[name][-1]
 
     def compare(
@@ -182,14 +167,13 @@ class Benchmark:
         theirs: Callable[[float], float] | None,
     ) -> list[float]:  # fmt: skip
         """Add a row of the seconds that `ours` returns and `theirs`, given the matmul's rate."""
-        seconds, others = [], []
         print(f"{name} ...", file=sys.stderr, flush=True)
-        clock(self.multiply, *self.factors), ours()  # compiles
-        for _ in range(self.settings.rounds):
-            before = self.matmul_rate(name)
-            seconds.append(ours())
-            rate = (before + self.matmul_rate(name)) / 2
-            others += [theirs(rate)] if theirs else []
+        seconds, others = [], []
+        for _ in range(1 + self.num_rounds):
+            before, mine, after = self.matmul_rate(name), ours(), self.matmul_rate(name)
+            seconds.append(mine)
+            others += [theirs((before + after) / 2)] if theirs else []
+        del seconds[0], others[:1]  # the first round compiles
         ratios = [b / a for a, b in zip(seconds, others, strict=False)]
         self.rows.append(Row(name, seconds, other, others, ratios, goal))
         return seconds
@@ -199,76 +183,66 @@ class Benchmark:
         inputs = {f"kernel_{i}": self.params[name]["kernel"] for i, name in enumerate(names)}
         for g, counts in self.counts.items():
             inputs[f"{g}_counts"] = np.stack([counts[name]["kernel"] for name in names[:-1]], 1)
-        sizes = {"layers": len(names), "batch_size": self.settings.batch_size}
-        return inputs | sizes | self.data.train._asdict()
-
-    def check(self, ask: Ask | None) -> None:
-        """Raise ArithmeticError unless all masks are exact and PyTorch has the same network."""
-        for g, name in itertools.product(self.masks, self.params):
-            kernel, counts = self.params[name]["kernel"], self.counts[g][name]["kernel"]
-            right = masks_by_argsort(np.asarray(kernel), counts, g)
-            if not np.array_equal(np.asarray(self.masks[g][name]["kernel"]), right):
-                raise ArithmeticError(f"the {g} masks of {name} are not those of an argsort")
-        x, y = (values[:500] for values in self.data.train)
-        loss = float(metrics.cross_entropy(self.apply(self.params, x), y).mean())
-        if ask and abs(loss - ask("loss", examples=len(y))["loss"]) > 1e-4:
-            raise ArithmeticError(f"PyTorch's loss is not {loss:.6f}: it has another network")
+        return inputs | self.data.train._asdict() | {"batch_size": BATCH_SIZE}
 
     def measure_masks(self, ask: Ask | None) -> None:
-        levels = len(self.targets)
+        """Check all masks, and compare the time that they take."""
+        for g, masks in self.masks.items():
+            for name, kernel in ((name, layer["kernel"]) for name, layer in self.params.items()):
+                right = masks_by_argsort(np.asarray(kernel), self.counts[g][name]["kernel"], g)
+                if not np.array_equal(np.asarray(masks[name]["kernel"]), right):
+                    raise ArithmeticError(f"the {g} masks of {name} are not those of an argsort")
         self.compare(
-            f"masks of {levels} levels, weight and unit", ">= 25 x",
+            f"masks of {len(self.targets)} levels, weight and unit", ">= 25 x",
             lambda: median(clock(select, self.params, self.counts)[1] for _ in range(5)),
-            "PyTorch", ask and (lambda _: ask("masks", levels=levels)["seconds"]),
+            "PyTorch", ask and (lambda _: ask("masks")["seconds"]),
         )  # fmt: skip
 
     def measure_epoch(self, ask: Ask | None) -> None:
-        state, masks = self.new_state(1), keep_all(self.params, 1)
-        steps = min(self.settings.timed_steps, self.epoch_steps)
-        scale = self.epoch_steps / steps
-
-        def ours() -> float:
-            nonlocal state  # goes on from round to round, like PyTorch's
-            state, seconds = clock(self.train, state, masks, steps)
-            return scale * seconds
-
+        """Check that PyTorch has the same network, and compare how fast it goes on learning."""
+        x, y = self.data.train.x[:500], self.data.train.y[:500]
+        loss = float(metrics.cross_entropy(self.apply(self.params, x), y).mean())
+        if ask and abs(loss - ask("loss", examples=len(y))["loss"]) > 1e-4:
+            raise ArithmeticError(f"the loss of the same network is {loss:.6f}, not so in PyTorch")
+        steps = min(TIMED_STEPS, self.epoch_steps)
+        scale, masks = self.epoch_steps / steps, keep_all(self.params, 1)
+        self.start(1)
         self.compare(
-            f"training epoch, by {steps} of its steps", ">= 1.05 x", ours,
+            f"training epoch, from {steps} of its steps", ">= 1.05 x",
+            lambda: scale * clock(self.train, masks, steps)[1],
             "PyTorch", ask and (lambda _: scale * ask("train", steps=steps)["seconds"]),
         )  # fmt: skip
 
     def measure_evaluation(self) -> None:
-        (_, val, test), levels = self.data, len(self.targets)
-        args = self.new_state(levels).params, self.masks["weight"], val, test, None
-        options = {"apply": self.apply, "batch_size": _EVALUATION_BATCH, "levels_at_once": None}
-        # Padding is not counted, so what is wasted on it lowers the rate.
-        flop = 2 * levels * (len(val.y) + len(test.y)) * forward_macs(self.sizes)
+        levels, examples = len(self.targets), len(self.data.val.y) + len(self.data.test.y)
+        args = self.apply, self.start(levels), self.masks["weight"], self.data
+        # The padding of batches is not counted, so what is wasted on it lowers the rate.
+        flop = 2 * levels * examples * macs(self.sizes, training=False)
         self.compare(
             f"evaluation of {levels} weight levels", ">= 80 %",
-            lambda: clock(evaluate.score, *args, **options)[1], "matmul", lambda rate: flop / rate,
+            lambda: clock(evaluate_levels, *args)[1], "matmul", lambda rate: flop / rate,
         )  # fmt: skip
 
     def measure_masked_training(self) -> None:
-        """Train after the last but one update of a pruning epoch, and make the last one."""
+        """Train after the last but one update of the masks, then make the last one."""
         pruned = [target for target in self.targets if target]
         levels, steps = len(pruned), max(1, round(self.epoch_steps / UPDATES_PER_EPOCH))
-        progress = 1 - Fraction(1, UPDATES_PER_EPOCH)
-        within = select(self.params, self.counts_of([cubic(t, progress) for t in pruned]))
-        counts, state = self.counts_of(pruned), self.new_state(levels)
+        within = select(self.params, self.counts_of([t * 999 / 1000 for t in pruned]))
+        counts = self.counts_of(pruned)
+        self.start(levels)
         updates: dict[Granularity, list[float]] = {g: [] for g in config.METHODS}
 
         def ours() -> float:
-            nonlocal state
-            state, seconds = clock(self.train, state, within["weight"], steps)
+            params, seconds = clock(self.train, within["weight"], steps)
             for g in updates:
-                updates[g].append(clock(update, g, state.params, within[g], counts[g])[1])
+                updates[g].append(clock(update, g, params, within[g], counts[g])[1])
             return seconds
 
-        flop = 2 * levels * steps * self.settings.batch_size * training_macs(self.sizes)
+        flop = 2 * levels * steps * BATCH_SIZE * macs(self.sizes, training=True)
         name = f"masked training of {levels} levels, {steps} steps"
         training = self.compare(name, ">= 80 %", ours, "matmul", lambda rate: flop / rate)
         training = [s * self.epoch_steps / UPDATES_PER_EPOCH / steps for s in training]
-        for g, (_, *seconds) in updates.items():  # the first one compiled
+        for g, (_, *seconds) in updates.items():
             ratios = [a / b for a, b in zip(seconds, training, strict=True)]
             name = f"update of {levels} levels, {g}"
             self.rows.append(Row(name, seconds, "training", training, ratios, "<= 5 %"))
@@ -285,13 +259,14 @@ def table(rows: Sequence[Row], rates: dict[str, list[float]]) -> str:
     """Return a line a row: the seconds of both, their ratio, its goal, and whether it is met."""
     cells = [("", "jaxprune", "beside", "", "ratio", "goal", "met", "matmul meanwhile")]
     for name, seconds, other, theirs, ratios, goal in rows:
-        sign, number, unit = goal.split()
-        limit = float(number) / (100 if unit == "%" else 1)
-        met = ratios and (median(ratios) >= limit if sign == ">=" else median(ratios) <= limit)
-        cells.append((
-            name, spread(seconds, "s"), other, spread(theirs, "s"), spread(ratios, unit), goal,
-            "-" if not ratios else "yes" if met else "no", spread(rates.get(name, []), "GFLOP/s"),
-        ))  # fmt: skip
+        sign, limit, unit = goal.split()
+        limit = float(limit) / (100 if unit == "%" else 1)
+        met = "-"
+        if ratios:
+            middle = median(ratios)
+            met = "yes" if (middle >= limit if sign == ">=" else middle <= limit) else "no"
+        pair = spread(seconds, "s"), other, spread(theirs, "s"), spread(ratios, unit)
+        cells.append((name, *pair, goal, met, spread(rates.get(name, []), "GFLOP/s")))
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
 
@@ -301,57 +276,49 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def device() -> str:
-    """Describe the processor."""
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
-    return f"{cores()} cores of {(names or [platform.processor() or platform.machine()])[0]}"
-
-
-def run(loaded: data.Data, settings: Settings, python: str | None) -> dict[str, Any]:
+def run(
+    loaded: data.Data, python: str | None, *, rounds: int = 5,
+    hidden_sizes: Sequence[int] = (1000, 1000, 500, 200), matmul_size: int = 2000,
+) -> dict[str, Any]:  # fmt: skip
     """Measure everything, print it, and return all numbers."""
-    versions = {name: version(name) for name in ("jax", "jaxlib", "numpy", "optax", "flax")}
     load = os.getloadavg()[0]
-    bench = Benchmark(loaded, settings)
-    worker = torch_worker(python, bench.torch_inputs()) if python else contextlib.nullcontext()
-    with worker as ask:
-        versions |= {"python": platform.python_version(), **(ask("version") if ask else {})}
-        bench.check(ask)
+    versions = {module.__name__: module.__version__ for module in (jax, optax, np)}
+    bench = Benchmark(jax.tree.map(jnp.asarray, loaded), rounds, hidden_sizes, matmul_size)
+    with torch_worker(python, bench.torch_inputs()) if python else contextlib.nullcontext() as ask:
+        versions |= ask("version") if ask else {}
         bench.measure_masks(ask)
         bench.measure_epoch(ask)
     bench.measure_evaluation()
     bench.measure_masked_training()
-    where = f"{device()}, {platform.system()}, load {load:.1f} at the start"
-    network = "-".join(map(str, bench.sizes))
-    print(where, ", ".join(f"{name} {number}" for name, number in versions.items()), sep="\n")
-    print(f"{network}, trained for {settings.trained_steps} steps on {len(loaded.train.y):,} images")
-    print(f"medians (and ranges) of {settings.rounds} rounds; ratios are of one round each\n")
+    info = Path("/proc/cpuinfo")
+    found = re.findall("model name.*: (.*)", info.read_text()) if info.exists() else []
+    device = (
+        f"{cores()} cores of {(found or [platform.machine()])[0]}, load {load:.1f} at the start"
+    )
+    versions["python"] = platform.python_version()
+    print(device, ", ".join(f"{name} {number}" for name, number in versions.items()), sep="\n")
+    print(f"{'-'.join(map(str, bench.sizes))}; medians (ranges) of {rounds} rounds, each a ratio\n")
     print(table(bench.rows, bench.rates))
     every = [rate for rates in bench.rates.values() for rate in rates]
-    size = settings.matmul_size
-    print(f"\nmatmul, float32 {size}^3: {spread(every, 'GFLOP/s')} over the whole run")
+    print(f"\nmatmul, float32 {matmul_size}^3: {spread(every, 'GFLOP/s')} in all")
     if python is None:
         print("-: PyTorch was not measured; `make benchmark` does, or --torch PYTHON that has it")
-    return {
-        "device": where, "versions": versions, "settings": settings._asdict(),
-        "rows": [row._asdict() for row in bench.rows], "matmul_flop_per_second": bench.rates,
-    }  # fmt: skip
+    numbers = {"rows": [row._asdict() for row in bench.rows], "matmul_rates": bench.rates}
+    return {"device": device, "versions": versions, **numbers}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the flags, measure, and keep the numbers."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--torch", metavar="PYTHON", help="an interpreter with torch and numpy")
     parser.add_argument("--rounds", type=int, default=5, help="of each measurement (%(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="where to keep all numbers")
     args = parser.parse_args(argv)
-    if args.rounds < 1:
-        parser.error(f"--rounds must be at least 1, got {args.rounds}")
-    if args.out and not args.out.parent.is_dir():
-        parser.error(f"--out: no such folder: {args.out.parent}")
+    if args.rounds < 1 or (args.out and not args.out.parent.is_dir()):
+        parser.error("--rounds must be at least 1, and the folder of --out must exist")
     jax.config.update("jax_platforms", "cpu")
     try:
-        numbers = run(data.load("fashion_mnist"), Settings(args.rounds), args.torch)
+        numbers = run(data.load("fashion_mnist"), args.torch, rounds=args.rounds)
     except (OSError, ValueError, ArithmeticError, RuntimeError) as error:
         parser.exit(1, f"benchmark.py: {error}\n")
     if args.out:

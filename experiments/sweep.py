@@ -45,7 +45,7 @@ def run(config: Config) -> None:
     loaded = data.load(config.dataset, data_dir=config.data_dir)
     classes = int(loaded.train.y.max()) + 1
     init, apply = models.mlp(loaded.train.x.shape[1], config.hidden_sizes, classes)
-    with progress_display() as (report, say):
+    with progress_display() as (report, say), warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: say(f"note: {message}")
         say(
             f"{config.dataset}: {len(loaded.train.y):,} images to train on, "
@@ -60,8 +60,8 @@ def run(config: Config) -> None:
             run_dir=config.run_dir, settings=config.settings(), report=report, note=say,
         )  # fmt: skip
     print(f"\n{results.table(rows)}\n")
-    described = f"{config.dataset}, {config.epochs} epochs"
-    figures.save_figures(rows, config.run_dir / "figures", note=described)
+    note = figures.describe(config.settings())
+    figures.save_figures(rows, config.run_dir / "figures", note=note)
     print(
         f"results, checkpoints and figures are in {config.run_dir}  "
         f"({time.perf_counter() - started:.0f} s)"

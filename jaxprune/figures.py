@@ -349,7 +349,7 @@ def _label_lines(ax: Axes) -> None:
     for line, end, y in zip(lines, ends, np.clip(free, 0, 1 - steps[-1]) + steps, strict=True):
         color = line.get_color()
         arrow = {"arrowstyle": "-", "linewidth": 0.5, "color": color, "shrinkA": 0, "shrinkB": 2,
-                 "relpos": (-0.15, 0.55), "patchA": None}  # fmt: skip
+                 "relpos": (-0.3, 0.55), "patchA": None}  # fmt: skip
         ax.annotate(str(line.get_label()), end, (1.07, y), textcoords="axes fraction", va="center",
                     fontsize=6.5, arrowprops=arrow)  # fmt: skip
     ax.annotate("k (%)", (1.07, 1.07), xycoords="axes fraction", va="center", fontsize=6.5)

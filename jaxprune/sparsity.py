@@ -81,7 +81,7 @@ def counts(
         for flag, leaf in zip(flags, jax.tree.leaves(params), strict=True)
     ]
 
-    def count(size: int) -> np.ndarray:
+    def count(size: int) -> np.ndarray | np.int32:
         pruned = np.array([num_pruned(size, s) for s in targets], np.int32)
         return pruned if many else pruned[0]
 

@@ -1,0 +1,164 @@
+import dataclasses
+import json
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxprune import config
+from jaxprune.config import Config
+
+
+def test_defaults_are_those_of_the_quick_preset():
+    settings = Config()
+    assert (settings.preset, settings.epochs, settings.seeds) == ("quick", 2, 1)
+    assert settings == Config(preset="quick", epochs=2, seeds=1)
+    assert settings.levels == (0, 25, 50, 60, 70, 80, 90, 95, 97, 99)
+    assert settings.methods == ("weight", "unit")
+    assert settings.protocols == ("one_shot", "trained")
+    assert (settings.batch_size, settings.learning_rate) == (128, 1e-3)
+    assert settings.hidden_sizes == (1000, 1000, 500, 200)
+
+
+def test_preset_fills_in_only_what_is_not_given():
+    settings = Config(preset="challenge")
+    assert (settings.epochs, settings.seeds) == (20, 3)
+    settings = Config(preset="challenge", epochs=4)
+    assert (settings.epochs, settings.seeds) == (4, 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "run_dir"),
+    [
+        ({}, "runs/fashion_mnist-quick"),
+        ({"preset": "challenge"}, "runs/fashion_mnist-challenge"),
+        ({"dataset": "mnist"}, "runs/mnist-quick"),
+        ({"dataset": "idx:/data/kmnist/"}, "runs/kmnist-quick"),
+        ({"dataset": "idx:kmnist"}, "runs/kmnist-quick"),
+        ({"run_dir": Path("elsewhere")}, "elsewhere"),
+    ],
+)
+def test_run_dir(given, run_dir):
+    assert Config(**given).run_dir == Path(run_dir)
+
+
+def test_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().epochs = 3  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_settings_are_what_changes_results():
+    settings = Config().settings()
+    assert json.loads(json.dumps(settings)) == settings
+    assert settings["levels"] == list(config.LEVELS)
+    free = {"preset", "seeds", "data_dir", "run_dir"}
+    assert set(settings) == {field.name for field in dataclasses.fields(Config)} - free
+    same = Config(preset="challenge", epochs=2, seeds=9, data_dir=Path("a"), run_dir=Path("b"))
+    assert same.settings() == settings
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dataset": "mnist"}, {"levels": (0.0, 50.0)}, {"epochs": 3}, {"methods": ("unit",)},
+        {"protocols": ("trained",)}, {"batch_size": 64}, {"learning_rate": 2e-3},
+        {"hidden_sizes": (10,)},
+    ],
+)  # fmt: skip
+def test_each_setting_counts(change):
+    assert Config(**change).settings() != Config().settings()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"preset": "slow"}, "preset must be one of quick, challenge, got 'slow'"),
+        ({"dataset": "cifar10"}, "fashion_mnist, mnist or idx:FOLDER, got 'cifar10'"),
+        ({"dataset": ""}, "fashion_mnist, mnist or idx:FOLDER, got ''"),
+        ({"levels": ()}, r"at least one percentage in \[0, 100\], got none"),
+        ({"levels": (50.0, 101.0)}, r"levels must be in \[0, 100\] percent, got 101"),
+        ({"levels": (50.0, 100.00001)}, r"levels must be in .* got 100\.00001"),
+        ({"levels": (-0.5,)}, r"levels must be in \[0, 100\] percent, got -0.5"),
+        ({"levels": (0.0, float("nan"))}, r"levels must be in \[0, 100\] percent, got nan"),
+        ({"levels": (float("inf"),)}, r"levels must be in \[0, 100\] percent, got inf"),
+        ({"levels": (50.0, 90.0, 50.0)}, "levels must be distinct, got 50 more than once"),
+        ({"levels": (0.0, -0.0)}, "levels must be distinct"),
+        ({"levels": (0.0, 0.5, 0.9)}, "levels are in percent: for 0.9 as a fraction give 90"),
+        ({"levels": (1.0,)}, "levels are in percent: for 1 as a fraction give 100"),
+        ({"methods": ()}, "methods must be distinct and among weight, unit, got none"),
+        ({"methods": ("row",)}, "methods must be .* among weight, unit, got row"),
+        ({"methods": ("unit", "unit")}, "methods must be distinct .* got unit unit"),
+        ({"protocols": ("one_shot", "x")}, "protocols must .* one_shot, trained, got one_shot x"),
+        ({"seeds": 0}, "seeds must be at least 1, got 0"),
+        ({"epochs": -1}, "epochs must be at least 1, got -1"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive and finite, got 0.0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be positive and finite, got nan"),
+        ({"learning_rate": float("inf")}, "learning_rate must be positive and finite, got inf"),
+        ({"hidden_sizes": ()}, "hidden_sizes must be one or more sizes of at least 1"),
+        ({"hidden_sizes": (10, 0)}, r"hidden_sizes must be .* got \[10, 0\]"),
+    ],
+)
+def test_bad_values(given, message):
+    # As users call it: the types are checked by the tests alone.
+    settings = object.__new__(Config)
+    for field in dataclasses.fields(Config):
+        object.__setattr__(settings, field.name, given.get(field.name, field.default))
+    with pytest.raises(ValueError, match=message):
+        settings.__post_init__()
+
+
+@pytest.mark.parametrize("levels", [(0.0,), (0.0, 1.5), (100.0,), (0.5, 1.1), (99.9, 0.0)])
+def test_good_levels(levels):
+    config.check_levels(levels)
+
+
+@pytest.mark.parametrize(
+    ("level", "expected"),
+    [
+        (0.0, Fraction(0)),
+        (25.0, Fraction(1, 4)),
+        (99.9, Fraction(999, 1000)),
+        (0.1, Fraction(1, 1000)),
+        (1e-7, Fraction(1, 10**9)),
+        (100.0, Fraction(1)),
+    ],
+)
+def test_sparsity_of_level(level, expected):
+    assert config.sparsity_of_level(level) == expected
+
+
+@pytest.mark.parametrize(
+    ("epochs", "expected"),
+    [(1, (0, 1, 0)), (2, (1, 1, 0)), (3, (1, 1, 1)), (4, (2, 1, 1)), (5, (2, 2, 1)),
+     (20, (10, 5, 5))],
+)  # fmt: skip
+def test_phases(epochs, expected):
+    assert config.phases(epochs) == expected
+
+
+@given(st.integers(1, 10_000))
+def test_phases_add_up(epochs):
+    dense, pruning, masked = config.phases(epochs)
+    assert dense + pruning + masked == epochs
+    assert pruning >= 1
+    assert dense >= 0
+    assert pruning - masked in (0, 1)
+
+
+def test_checks():
+    config.check_choices("methods", ("unit",), config.METHODS)
+    config.check_at_least_one(seeds=1, epochs=10**9)
+    with pytest.raises(ValueError, match="^epochs must be at least 1, got 0$"):
+        config.check_at_least_one(seeds=1, epochs=0)
+
+
+def test_imports_no_jax():
+    code = "import sys, jaxprune.config; print('jax' in sys.modules, 'numpy' in sys.modules)"
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "False"], done.stderr
