@@ -50,6 +50,9 @@ def evaluate_levels(
         levels = jax.tree.leaves(masks)[0].shape[:1]
         params = jax.tree.map(lambda w: jnp.broadcast_to(w, levels + jnp.shape(w)), params)
     trees.check_match("masks", masks, "params with a levels axis", params)
+    if len({leaf.shape[:1] for leaf in jax.tree.leaves(masks)}) > 1:
+        raise ValueError("masks must have a leading levels axis, of one length in all leaves; give "
+                         "those of one network as jax.tree.map(lambda m: m[None], masks)")
     return score(
         params, masks, data.val, data.test, reference,
         apply=apply, batch_size=batch_size, levels_at_once=levels_at_once,
@@ -92,7 +95,8 @@ def score(
         )
 
     scores, predictions = trees.map_levels(one_level, (params, masks), levels_at_once)
-    changed = predictions != (predictions[0] if reference is None else reference)
+    reference = predictions[0] if reference is None else reference
+    changed = predictions != reference[None]
     return scores._replace(churn=jnp.sum(changed, axis=1) / len(test.y)), predictions
 
 
@@ -125,17 +129,18 @@ def _add_up(sums: metrics.Sums) -> metrics.Sums:
 
 def _finish(val: metrics.Sums, test: metrics.Sums, temperature: Array) -> Metrics:
     ece, signed_ece = metrics.calibration_errors(test)
+    examples, val_examples = (s.count.astype(s.loss.dtype) for s in (test, val))
     class_accuracy = test.class_correct / test.class_count  # NaN for a class without examples
     return Metrics(
         accuracy=test.correct / test.count,
-        loss=test.loss / test.count,
+        loss=test.loss / examples,
         ece=ece,
         signed_ece=signed_ece,
         temperature=temperature,
-        scaled_loss=test.scaled_loss / test.count,
+        scaled_loss=test.scaled_loss / examples,
         churn=jnp.zeros(()),
         class_accuracy=class_accuracy,
         worst_class_accuracy=jnp.nanmin(class_accuracy),
         val_accuracy=val.correct / val.count,
-        val_loss=val.loss / val.count,
+        val_loss=val.loss / val_examples,
     )

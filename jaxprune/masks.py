@@ -70,7 +70,8 @@ def masks_at(
             raise ValueError(f"scores of leaf {path!r} contain NaN or infinite values")
     if within is not None:
         trees.check_match("within", within, "scores", scores)
-    earlier = jax.tree.leaves(within) or [None] * len(leaves)
+    leaves = [jnp.asarray(leaf) for leaf in leaves]
+    earlier = [jnp.asarray(m, bool) for m in jax.tree.leaves(within)] or [None] * len(leaves)
     flat = [
         _rankable(leaf, mask, granularity, unit_axis) if flag else None
         for leaf, mask, flag in zip(leaves, earlier, flags, strict=True)
@@ -84,7 +85,7 @@ def masks_at(
         jnp.ones((*levels, *leaf.shape), bool)
         if keep is None
         else _spread(keep if levels else keep[0], mask, leaf.shape, granularity, unit_axis)
-        for keep, mask, leaf in zip(kept, earlier, map(jnp.asarray, leaves), strict=True)
+        for keep, mask, leaf in zip(kept, earlier, leaves, strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(scores), masks)
 
@@ -226,7 +227,6 @@ def _rankable(
     leaf: Array, mask: Array | None, granularity: Granularity, unit_axis: int
 ) -> Array:  # fmt: skip
     """Return the scores that compete, flat; those already pruned come first."""
-    leaf = jnp.asarray(leaf)
     if leaf.dtype != jnp.float64:
         leaf = leaf.astype(jnp.float32)  # exact for every narrower type
     if granularity == "unit":
@@ -315,6 +315,4 @@ def _spread(
         ones = [shape[a] if a == axis else 1 for a in range(len(shape))]
         keep = jnp.broadcast_to(keep.reshape(*levels, *ones), (*levels, *shape))
     keep = keep.reshape(*levels, *shape)
-    if within is None:
-        return keep
-    return keep & jnp.expand_dims(within, range(len(levels))).astype(bool)
+    return keep if within is None else keep & jnp.expand_dims(within, range(len(levels)))

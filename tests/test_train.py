@@ -183,13 +183,12 @@ def test_vmapped_levels_are_looped_levels(trainer, levels_at_once):
     assert_close(together, one_by_one, rtol=1e-5, atol=1e-6)
 
 
-def test_a_level_does_not_depend_on_the_others(trainer):
+def test_levels_do_not_depend_on_each_other(trainer):
     train = trainer("clipped adamw")
-    state, losses = train()
-    alone = [level_of(train.state, slice(1, 2)), level_of(train.masks, slice(1, 2))]
-    alone_state, alone_losses = train(*alone)
-    assert_close(alone_losses[0], losses[1])
-    assert_close(level_of(alone_state, 0), level_of(state, 1))
+    forward = train()
+    backward = train(masks=jax.tree.map(lambda m: jnp.flip(m, axis=0), train.masks))
+    for i in range(LEVELS):
+        assert_close(level_of(backward, LEVELS - 1 - i), level_of(forward, i))
 
 
 @pytest.mark.parametrize("cuts", [(3,), (1, 2, 6), tuple(range(1, STEPS))], ids=str)
@@ -319,12 +318,12 @@ def test_batches_are_a_shuffle(examples, size):
 
 
 def test_every_key_is_another_shuffle():
-    keys = jax.random.split(jax.random.key(0), 500)
-    orders = np.asarray(jax.jit(jax.vmap(lambda key: batch_indices(key, 10, 4)))(keys))
-    assert len({order.tobytes() for order in orders}) > 490
-    # Every example comes first in about 50 of the shuffles, and is left out by about 100.
-    assert np.bincount(orders[:, 0, 0], minlength=10).min() > 25
-    assert np.bincount(orders.ravel(), minlength=10).max() < 440
+    orders = [np.asarray(batch_indices(jax.random.key(i), 40, 7)) for i in range(60)]
+    assert len({order.tobytes() for order in orders}) == 60
+    # No example is always left out, or always in the same batch.
+    times = np.bincount(np.ravel(orders), minlength=40)
+    assert 40 < times.min() and times.max() <= 60
+    assert all(len({order[i, 0] for order in orders}) > 20 for i in range(5))
 
 
 @pytest.mark.parametrize("size", [0, -1, 41])

@@ -17,6 +17,7 @@ import jaxprune
 from jaxprune import checkpoints, results
 from jaxprune.results import Row
 
+_FIRST = ("config.json.tmp",)  # all that a call killed at its start leaves
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -51,9 +52,9 @@ class Record:
             return
         if (folder / "config.json").exists():
             self._adopt(results.read_config(folder / "config.json"))
-        elif folder.exists() and any(folder.iterdir()):
+        elif folder.exists() and any(path.name not in _FIRST for path in folder.iterdir()):
             raise ValueError(f"{folder} is not empty and holds no run: give another --run-dir")
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         self.save_config()
         log = folder / "results.jsonl"
         if log.exists():
@@ -145,6 +146,7 @@ class Record:
         if self.folder is None:
             return
         checkpoints.save(self._path(group, epoch), **items)
+        self.save_config()
         self.thin(keep)
 
     def thin(self, keep: set[str]) -> None:

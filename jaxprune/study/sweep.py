@@ -220,7 +220,7 @@ class _Sweep:
     def run(self, seeds: int) -> None:
         """Run, or go on with, all seeds."""
         shapes = jax.eval_shape(self.init, jax.random.key(0))
-        for method in self.methods:
+        for method in self.methods if self.pruned else ():
             counts = sparsity.counts(shapes, self.targets, **self.options(method))
             warn_of_emptied(shapes, counts, method, self.prunable)
         starts = [self.resume(seed) for seed in range(seeds)]

@@ -1,0 +1,164 @@
+"""The benchmark: what it counts, prints and checks; that it runs, but nothing about time."""
+
+import json
+import stat
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import benchmark
+from experiments.benchmark import Row
+from jaxprune.data import Data, Split
+
+FAKE_WORKER = """
+import json, sys
+import numpy as np
+
+inputs = dict(np.load(sys.argv[2]))
+for line in sys.stdin:
+    request = json.loads(line)
+    answer = {"seconds": 2.0}
+    if request["op"] == "loss":
+        x, y = inputs["x"][: request["examples"]], inputs["y"][: request["examples"]]
+        for i in range(2):
+            x = np.maximum(x, 0) @ inputs[f"kernel_{i}"].astype(float)
+        answer = {"loss": np.mean(np.log(np.exp(x).sum(1)) - x[np.arange(len(y)), y])}
+    if request["op"] == "stop":
+        break
+    print(json.dumps(answer), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def small(fashion_mnist: Data) -> Data:
+    """A few real images, enough for ten steps."""
+    pairs = zip(fashion_mnist, (1280, 100, 150), strict=True)
+    return Data(*(Split(split.x[:n], split.y[:n]) for split, n in pairs))
+
+
+@pytest.fixture(scope="module")
+def bench(small: Data) -> benchmark.Benchmark:
+    return benchmark.Benchmark(small, 2, (20,), 50)
+
+
+def fake_worker(folder: Path) -> str:
+    path = folder / "python"
+    path.write_text(f"#!{sys.executable}\n{FAKE_WORKER}")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+def test_macs_of_the_challenge():
+    sizes = (784, 1000, 1000, 500, 200, 10)
+    forward = 784_000 + 1_000_000 + 500_000 + 100_000 + 2_000
+    assert benchmark.macs(sizes, training=False) == forward == 2_386_000
+    # Weights' gradients cost as much again, inputs' too but for the images'.
+    assert benchmark.macs(sizes, training=True) == forward + forward + (forward - 784_000)
+    assert benchmark.macs((3, 2), training=True) == 12
+
+
+def test_masks_by_argsort():
+    kernel = np.array([[1.0, -1.0, 3.0], [-2.0, 1.0, 0.0]])
+    weight = benchmark.masks_by_argsort(kernel, np.array([0, 2, 6]), "weight")
+    assert weight.sum(axis=(1, 2)).tolist() == [6, 4, 0]
+    # The zero, then the first of the three ones.
+    assert weight[1].tolist() == [[False, True, True], [True, True, False]]
+    unit = benchmark.masks_by_argsort(kernel, np.array([1, 2]), "unit")
+    assert unit.tolist() == [[[True, False, True]] * 2, [[False, False, True]] * 2]
+
+
+def test_spread():
+    assert benchmark.spread([3.0, 1.0, 2.0], "s") == "2.000 (1.000-3.000) s"
+    assert benchmark.spread([0.8, 0.9], "%") == "85.0 (80.0-90.0) %"
+    assert benchmark.spread([120e9], "GFLOP/s") == "120.0 (120.0-120.0) GFLOP/s"
+    assert benchmark.spread([], "x") == "-"
+
+
+def test_table():
+    rows = [
+        Row("masks", [0.1], "PyTorch", [3.0], [30.0], ">= 25 x", [1e9, 3e9]),
+        Row("epoch", [8.0], "PyTorch", [8.0], [1.0], ">= 1.05 x", [1e9]),
+        Row("evaluation", [5.0], "matmul", [4.0], [0.8], ">= 80 %", [1e9]),
+        Row("update", [0.1], "training", [1.0], [0.1], "<= 5 %", []),
+        Row("update", [0.1], "training", [4.0], [0.025], "<= 5 %", []),
+        Row("no torch", [0.1], "PyTorch", [], [], ">= 25 x", [1e9]),
+    ]
+    header, *lines = benchmark.table(rows).splitlines()
+    met = [line[header.index("met") :].split()[0] for line in lines]
+    assert met == ["yes", "no", "yes", "no", "yes", "-"]
+    assert "masks" in lines[0] and "0.100 (0.100-0.100) s" in lines[0]
+    assert "PyTorch   3.000 (3.000-3.000) s" in lines[0] and "30.00 (30.00-30.00) x" in lines[0]
+    assert lines[0].endswith(">= 25 x    yes  2.0 (1.0-3.0) GFLOP/s")
+    assert lines[4].split()[-8:] == "2.5 (2.5-2.5) % <= 5 % yes -".split()
+    assert lines[5].split()[-9:] == "- - >= 25 x - 1.0 (1.0-1.0) GFLOP/s".split()
+
+
+def test_run_without_pytorch(small, capsys):
+    numbers = benchmark.run(small, None, rounds=2, hidden_sizes=(20,), matmul_size=50)
+    printed = capsys.readouterr().out
+    assert "784-20-10" in printed and "`make benchmark`" in printed
+    assert json.loads(json.dumps(numbers)) == numbers
+    names = "masks training evaluation masked update update".split()
+    assert [row["name"].split()[0] for row in numbers["rows"]] == names
+    for row in numbers["rows"]:
+        assert len(row["seconds"]) == 2 and min(row["seconds"]) > 0
+        compared = 0 if row["other"] == "PyTorch" else 2
+        assert len(row["theirs"]) == len(row["ratios"]) == compared
+        assert len(row["rates"]) == (0 if row["other"] == "training" else 4)
+    evaluation, training, *updates = numbers["rows"][2:]
+    for row, flop in (
+        (evaluation, 2 * 10 * (100 + 150) * (784 * 20 + 20 * 10)),
+        (training, 2 * 9 * 128 * (2 * 784 * 20 + 3 * 20 * 10)),
+    ):
+        rates = np.reshape(row["rates"], (2, 2)).mean(axis=1)
+        np.testing.assert_allclose(row["ratios"], flop / np.array(row["seconds"]) / rates)
+    for row in updates:  # ten steps an epoch: one between two updates
+        assert row["theirs"] == training["seconds"]
+        np.testing.assert_allclose(row["ratios"], np.divide(row["seconds"], training["seconds"]))
+
+
+def test_comparison_with_pytorch(bench, tmp_path):
+    with benchmark.torch_worker(fake_worker(tmp_path), bench.torch_inputs()) as ask:
+        bench.measure_masks(ask)
+        bench.measure_epoch(ask)  # the stub computes the loss from what it was given
+    for row in bench.rows[-2:]:
+        assert row.theirs == [2.0, 2.0]  # an epoch is ten steps, all of them timed
+        np.testing.assert_allclose(row.ratios, np.divide(2.0, row.seconds))
+
+
+def test_inputs_of_pytorch(bench):
+    inputs = bench.torch_inputs()
+    assert [inputs[f"kernel_{i}"].shape for i in range(2)] == [(784, 20), (20, 10)]
+    assert inputs["weight_counts"].shape == inputs["unit_counts"].shape == (10, 1)
+    assert inputs["weight_counts"][[0, 2, 9]].tolist() == [[0], [7840], [15523]]
+    assert inputs["unit_counts"][[0, 2, 9]].tolist() == [[0], [10], [20]]
+
+
+def test_wrong_results_stop_the_run(bench, monkeypatch):
+    with pytest.raises(ArithmeticError, match="loss of the same network"):
+        bench.measure_epoch(lambda op, **arguments: {"loss": 9.0})
+    masks = jax.tree.map(jnp.array, bench.masks)
+    masks["unit"]["hidden_0"]["kernel"] = ~masks["unit"]["hidden_0"]["kernel"]
+    monkeypatch.setattr(bench, "masks", masks)
+    with pytest.raises(ArithmeticError, match="unit masks of hidden_0"):
+        bench.measure_masks(None)
+
+
+def test_worker_that_ends(bench, tmp_path):
+    with (
+        pytest.raises(RuntimeError, match="ended at 'stop'"),
+        benchmark.torch_worker(fake_worker(tmp_path), bench.torch_inputs()) as ask,
+    ):
+        ask("stop")
+
+
+def test_bad_flags(capsys, tmp_path):
+    for flags in (["--rounds", "0"], ["--out", str(tmp_path / "missing" / "out.json")]):
+        with pytest.raises(SystemExit) as stopped:
+            benchmark.main(flags)
+        assert stopped.value.code == 2
+        assert "--rounds must be at least 1" in capsys.readouterr().err
