@@ -40,7 +40,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
 	@echo 'PYTHON=python3.12 chooses the interpreter, EXTRAS=dev,cuda adds NVIDIA GPUs.'
 
-sweep: .venv/stamp data ## the pruning study, from data to figures; ARGS="--preset challenge --seeds 3"
+sweep: .venv/stamp $(if $(filter -h --help --data-dir% --dataset%,$(ARGS)),,data) ## the pruning study, from data to figures; ARGS="--preset challenge --seeds 3"
 	@.venv/bin/python experiments/sweep.py $(ARGS)
 
 test: .venv/stamp data ## the tests but the slow ones; ARGS="-k masks"
@@ -57,12 +57,13 @@ lint: .venv/stamp ## style and types
 		.venv/bin/python -m pyright --pythonpath .venv/bin/python || status=1; \
 	exit $$status
 
-figures: .venv/stamp ## redraw figures/ from its rows, or from RUN=runs/fashion_mnist-challenge
+figures: .venv/stamp ## figures/ and README's tables anew, or from RUN=runs/fashion_mnist-challenge
 	@.venv/bin/python experiments/figures.py $(RUN) --out figures $(ARGS)
+	@.venv/bin/python experiments/readme.py
 
 benchmark: .venv/stamp .venv-torch/stamp data ## speed against PyTorch, in an environment of its own
 	@torch=; [ ! -e .venv-torch/stamp ] || torch='--torch .venv-torch/bin/python'; \
-	.venv/bin/python experiments/benchmark.py $$torch $(ARGS)
+	.venv/bin/python experiments/benchmark.py $$torch --out figures/benchmark.json $(ARGS)
 
 data: .venv/stamp # where Debian has the data as a package; elsewhere the program gets it
 	@sh experiments/get_debian_data.sh

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from jaxprune.results import Row, mean_interval, read_csv
+from jaxprune.results import Row, mean_interval, read_csv, table
 
 # Accuracy in percent on Fashion-MNIST, one-shot, one seed each, at 0 25 50 60 70 80 90 95 97 99%.
 # A: justincosentino/network-pruning, results.csv. B: an earlier README of the same repository.
@@ -71,77 +71,60 @@ def loss_table(rows: Sequence[Row]) -> str:
 def claims(rows: Sequence[Row], timed: dict) -> str:
     """Return the original's claims, each with what was measured."""
 
-    def value(protocol: str, method: str, level: float, field: str, scale: float, digits: int):
+    def at(protocol: str, method: str, level: float, field: str = "accuracy") -> str:
+        scale, digits = (100, 1) if field == "accuracy" else (1, 2)
         return interval(rows, protocol, method, level, field, scale, digits)
 
-    def gap(protocol: str, level: float) -> str:
-        """Return weight less unit accuracy, in points, paired by seed."""
-        last = max(row.epoch for row in rows)
-        found = {
-            (row.method, row.seed): 100 * row.accuracy
-            for row in rows
-            if (row.protocol, row.epoch) == (protocol, last)
-            and round(100 * row.target_sparsity, 6) == level
-            and row.accuracy is not None
-        }
-        seeds = sorted({seed for _, seed in found})
-        mean, half = mean_interval([found["weight", n] - found["unit", n] for n in seeds])
-        return f"{mean:+.1f}" if half is None else f"{mean:+.1f} ± {half:.1f}"
+    def gaps(protocol: str) -> str:
+        """Return weight less unit accuracy at some levels, in points, paired by seed."""
+        return ", ".join(
+            shown(
+                [
+                    100 * (a - b)
+                    for a, b in zip(
+                        values(rows, protocol, "weight", level, "accuracy"),
+                        values(rows, protocol, "unit", level, "accuracy"),
+                        strict=True,
+                    )
+                ],
+                1,
+            )
+            for level in (70, 80, 90, 95)
+        )
 
-    def left(method: str, level: float) -> int:
-        return next(
-            row.remaining or 0
-            for row in rows
-            if row.method == method and round(100 * row.target_sparsity, 6) == level
-            and row.protocol == "one_shot"
-        )  # fmt: skip
+    def size(method: str, level: float) -> str:
+        return f"{mean_interval(values(rows, 'one_shot', method, level, 'remaining'))[0]:,.0f}"
 
-    wide = (70, 80, 90, 95)
-    seconds = {row["name"]: median(row["seconds"]) for row in timed["rows"]}
-    share = {row["name"]: 100 * median(row["ratios"]) for row in timed["rows"] if row["ratios"]}
-    weight, unit = (f"update of 9 levels, {method}" for method in ("weight", "unit"))
-    last = max(row.epoch for row in rows)
-    scored = {
-        method: mean_interval([
-            row.eval_seconds for row in rows
-            if (row.protocol, row.method) == ("one_shot", method) and row.target_sparsity
-        ])[0]
-        for method in ("weight", "unit")
-    }  # fmt: skip
-    return "\n".join(
-        [
-            "- *Weight pruning beats unit pruning.* Weight less unit accuracy, in points, at "
-            f"{', '.join(f'{level}%' for level in wide)}: one-shot "
-            f"{', '.join(gap('one_shot', level) for level in wide)}; trained "
-            f"{', '.join(gap('trained', level) for level in wide)}. At nearly equal size, by "
-            f"weight at 90% ({left('weight', 90):,} weights left) and by unit at 80% "
-            f"({left('unit', 80):,}): one-shot "
-            f"{value('one_shot', 'weight', 90, 'accuracy', 100, 1)} "
-            f"and {value('one_shot', 'unit', 80, 'accuracy', 100, 1)}%, trained "
-            f"{value('trained', 'weight', 90, 'accuracy', 100, 1)} and "
-            f"{value('trained', 'unit', 80, 'accuracy', 100, 1)}%.",
-            "- *Weight pruning costs more to train.* Selecting anew for nine levels takes "
-            f"{1000 * seconds[weight]:.0f} ms by weight and {1000 * seconds[unit]:.0f} ms by unit, "
-            f"{share[weight]:.1f}% and {share[unit]:.1f}% of the training between two selections; "
-            "the masked training itself is the same program. True, and here of no account.",
-            "- *Inference time is the same for both.* Masked dense evaluation of a level took "
-            f"{scored['weight']:.2f} s by weight and {scored['unit']:.2f} s by unit (mean over the "
-            f"{last} epochs and all seeds). Removing the pruned units or using sparse products: "
-            "not yet measured.",
-            "- *Sparse models compress better.* Not yet measured.",
-            "- *Loss tells more than accuracy.* One-shot by weight, from 0 to 70%, accuracy goes "
-            f"from {value('one_shot', 'weight', 0, 'accuracy', 100, 1)} to "
-            f"{value('one_shot', 'weight', 70, 'accuracy', 100, 1)}% and loss from "
-            f"{value('one_shot', 'weight', 0, 'loss', 1, 2)} to "
-            f"{value('one_shot', 'weight', 70, 'loss', 1, 2)}. Part of the loss is confidence "
-            "alone, which one number, the temperature, mends:",
-        ]
+    updates = [row for row in timed["rows"] if row["name"].startswith("update")]
+    costs = " and ".join(
+        f"{1000 * median(row['seconds']):.0f} ms ({100 * median(row['ratios']):.1f}%) by "
+        f"{row['name'].split(', ')[1]}"
+        for row in updates
     )
+    return f"""\
+- *Weight pruning beats unit pruning.* Weight less unit accuracy at 70, 80, 90, 95%, in points:
+  one-shot {gaps("one_shot")}; trained {gaps("trained")}. At nearly equal size, 90% of the weights
+  ({size("weight", 90)} left) against 80% of the units ({size("unit", 80)} left): one-shot
+  {at("one_shot", "weight", 90)} against {at("one_shot", "unit", 80)}%, trained
+  {at("trained", "weight", 90)} against {at("trained", "unit", 80)}%.
+- *Weight pruning costs more to train than unit pruning.* Masked training is the same program for
+  both. Selecting anew for nine levels takes {costs}; in brackets, the share of the training between
+  two selections.
+- *Inference takes the same time for both.* Masked, they run the same dense products. With the
+  pruned units removed, or sparse products: not yet measured.
+- *Sparse models compress better.* Not yet measured.
+- *Loss tells more than accuracy.* One-shot by weight, from 0 to 70%: accuracy
+  {at("one_shot", "weight", 0)} to {at("one_shot", "weight", 70)}%, loss
+  {at("one_shot", "weight", 0, "loss")} to {at("one_shot", "weight", 70, "loss")}; to 80%:
+  {at("one_shot", "weight", 80)}% and {at("one_shot", "weight", 80, "loss")}. By unit, from 0 to
+  60%: {at("one_shot", "unit", 0)} to {at("one_shot", "unit", 60)}%,
+  {at("one_shot", "unit", 0, "loss")} to {at("one_shot", "unit", 60, "loss")}. Loss mixes two
+  things: what a temperature can mend, and what it cannot:"""
 
 
 def speed_table(timed: dict) -> str:
     """Return the benchmark's medians."""
-    rates = [rate for found in timed["matmul_rates"].values() for rate in found]
+    rates = [rate for row in timed["rows"] for rate in row["rates"]]
     lines = ["| | jaxprune | beside | ratio, median (range) | goal |", "|---|---|---|---|---|"]
     for row in timed["rows"]:
         _, limit, unit = row["goal"].split()
@@ -170,21 +153,33 @@ def speed_table(timed: dict) -> str:
     )
 
 
+def values(
+    rows: Sequence[Row], protocol: str, method: str, level: float, field: str
+) -> list[float]:
+    """Return a field at the last epoch, by seed."""
+    last = max(row.epoch for row in rows)
+    found = {
+        row.seed: getattr(row, field)
+        for row in rows
+        if (row.protocol, row.method, row.epoch) == (protocol, method, last)
+        and round(100 * row.target_sparsity, 6) == level
+    }
+    return [found[seed] for seed in sorted(found)]
+
+
+def shown(numbers: Sequence[float], digits: int) -> str:
+    """Return the mean, and half its 95% interval."""
+    mean, half = mean_interval(numbers)
+    return f"{mean:.{digits}f}" if half is None else f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
 def interval(
     rows: Sequence[Row], protocol: str, method: str, level: float, field: str, scale: float,
     digits: int,
 ) -> str:  # fmt: skip
-    """Return the mean over seeds at the last epoch, and half its 95% interval."""
-    last = max(row.epoch for row in rows)
-    mean, half = mean_interval(
-        [
-            scale * getattr(row, field)
-            for row in rows
-            if (row.protocol, row.method, row.epoch) == (protocol, method, last)
-            and round(100 * row.target_sparsity, 6) == level
-        ]
-    )
-    return f"{mean:.{digits}f}" if half is None else f"{mean:.{digits}f} ± {half:.{digits}f}"
+    """Return the mean of a field over seeds at the last epoch, and half its 95% interval."""
+    found = values(rows, protocol, method, level, field)
+    return shown([scale * value for value in found], digits)
 
 
 def setting_line(config: dict, rows: Sequence[Row]) -> str:
@@ -219,6 +214,7 @@ def blocks(figures: Path) -> dict[str, str]:
     timed = json.loads((figures / "benchmark.json").read_text())
     return {
         "setting": setting_line(config, rows),
+        "printed": f"```\n{table(rows)}\n```",
         "accuracy": accuracy_table(rows),
         "claims": claims(rows, timed),
         "loss": loss_table(rows),
@@ -232,7 +228,7 @@ def main() -> int:
     readme = root / "README.md"
     try:
         readme.write_text(fill(readme.read_text(), blocks(root / "figures")))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         print(f"readme.py: {error}", file=sys.stderr)
         return 2
     return 0

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import tyro
 
-from jaxprune.config import Config
+from jaxprune.config import Config, TrainingDiverged
 
 if TYPE_CHECKING:
     from jaxprune.study import Progress
@@ -27,7 +27,7 @@ def main() -> None:
         run(config)
     except KeyboardInterrupt:
         stop(130, "stopped; the same command goes on from the last finished epoch")
-    except ArithmeticError as error:
+    except TrainingDiverged as error:
         stop(1, f"{error}; the rows before it are kept")
     except (ValueError, OSError) as error:
         stop(2, str(error))

@@ -27,6 +27,7 @@ from orbax.checkpoint import v1 as ocp
 from jaxprune.trees import paths_and_leaves
 
 _MANIFEST = "manifest.json"
+_MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # others may pass
 
 
 class CorruptCheckpoint(ValueError):
@@ -122,7 +123,7 @@ def verify(path: Path, *names: str) -> dict[str, dict[str, Any]]:
         for file, digest in entries[name]["files"].items():
             try:
                 found = _digest(path / name / file)
-            except OSError as error:
+            except _MISSING as error:
                 raise CorruptCheckpoint(path, f"{name}/{file}: {error.strerror}") from error
             if found != digest:
                 raise CorruptCheckpoint(path, f"{name}/{file} is not what was saved")
@@ -258,7 +259,7 @@ def _write_manifest(path: Path, entries: dict[str, Any]) -> None:
 def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     try:
         digest, _, body = (path / _MANIFEST).read_bytes().partition(b"\n")
-    except OSError as error:
+    except _MISSING as error:
         raise CorruptCheckpoint(path, f"{_MANIFEST}: {error.strerror}") from error
     if hashlib.sha256(body).hexdigest().encode() != digest:
         raise CorruptCheckpoint(path, f"{_MANIFEST} is not what was saved")

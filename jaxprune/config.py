@@ -22,6 +22,10 @@ PROTOCOLS: tuple[Protocol, ...] = ("one_shot", "trained")
 LEVELS = (0.0, 25.0, 50.0, 60.0, 70.0, 80.0, 90.0, 95.0, 97.0, 99.0)
 
 
+class TrainingDiverged(ArithmeticError):
+    """A loss that is not finite; the message names the epoch, the level and the seed."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Train a network, prune it at every level, and score them all."""
@@ -74,7 +78,9 @@ class Config:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         if self.run_dir is None:
-            dataset = self.dataset.removeprefix("idx:").rstrip("/").split("/")[-1]
+            dataset = self.dataset
+            if dataset.startswith("idx:"):
+                dataset = Path(dataset.removeprefix("idx:")).resolve().name
             object.__setattr__(self, "run_dir", Path("runs") / f"{dataset}-{self.preset}")
         if not (self.dataset in ("fashion_mnist", "mnist") or self.dataset.startswith("idx:")):
             raise ValueError(

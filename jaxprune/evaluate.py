@@ -51,8 +51,10 @@ def evaluate_levels(
         params = jax.tree.map(lambda w: jnp.broadcast_to(w, levels + jnp.shape(w)), params)
     trees.check_match("masks", masks, "params with a levels axis", params)
     if len({leaf.shape[:1] for leaf in jax.tree.leaves(masks)}) > 1:
-        raise ValueError("masks must have a leading levels axis, of one length in all leaves; give "
-                         "those of one network as jax.tree.map(lambda m: m[None], masks)")
+        raise ValueError(
+            "masks must have a leading levels axis, of one length in all leaves; give "
+            "those of one network as jax.tree.map(lambda m: m[None], masks)"
+        )
     return score(
         params, masks, data.val, data.test, reference,
         apply=apply, batch_size=batch_size, levels_at_once=levels_at_once,
@@ -95,8 +97,7 @@ def score(
         )
 
     scores, predictions = trees.map_levels(one_level, (params, masks), levels_at_once)
-    reference = predictions[0] if reference is None else reference
-    changed = predictions != reference[None]
+    changed = predictions != (predictions[:1] if reference is None else reference[None])
     return scores._replace(churn=jnp.sum(changed, axis=1) / len(test.y)), predictions
 
 

@@ -62,6 +62,8 @@ def make_train(
           serves calls of any length; the result does not depend on how steps are split into calls;
         - losses: (levels, steps), each step's mean loss before its update, 0 for the other steps.
 
+        It raises TypeError for a parameter that is not of floating point numbers.
+
     Example:
         >>> optimizer = optax.sgd(0.1)
         >>> train = jax.jit(make_train(lambda params, x: x @ params["logits"], optimizer))
@@ -76,6 +78,13 @@ def make_train(
         first: Array,
         last: Array,
     ) -> tuple[TrainState, Array]:
+        for path, leaf in trees.paths_and_leaves(state.params):
+            if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+                raise TypeError(
+                    f"leaf {path!r} is of {leaf.dtype} and cannot be trained: keep it out of the "
+                    "parameters, in `apply`"
+                )
+
         def one_level(level: tuple[TrainState, Masks]) -> tuple[TrainState, Array]:
             state, masks = level
 

@@ -62,7 +62,8 @@ def order_errors(file: str, source: str) -> list[str]:
     return [
         f"{file} imports {name}"
         for name in sorted(imported)
-        if not name.partition(".")[2] or name.split(".")[1] not in [*before, *own]
+        if name != "jaxprune.__version__"
+        and (name == "jaxprune" or name.split(".")[1] not in [*before, *own])
     ]
 
 
@@ -121,6 +122,7 @@ def test_import_order(file: str) -> None:
     [
         ("masks.py", "from jaxprune import scores, select", 0),
         ("masks.py", "from jaxprune.types import Masks\nimport jaxprune.scores", 0),
+        ("masks.py", "from jaxprune import __version__", 0),
         ("masks.py", "from . import scores\nfrom .types import Masks", 0),
         ("scores/magnitude.py", "from .. import trees\nfrom . import second_order", 0),
         ("scores/magnitude.py", "from jaxprune.scores.second_order import fisher", 0),

@@ -4,7 +4,8 @@
 that goes on where it was stopped. `experiments/sweep.py` is a thin command on `run_sweep`.
 """
 
+from jaxprune.config import TrainingDiverged
 from jaxprune.study.curve import prune_curve
-from jaxprune.study.sweep import Progress, TrainingDiverged, run_sweep
+from jaxprune.study.sweep import Progress, run_sweep
 
 __all__ = ["Progress", "TrainingDiverged", "prune_curve", "run_sweep"]

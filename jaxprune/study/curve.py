@@ -54,7 +54,8 @@ def prune_curve(
     Raises:
         ValueError: levels out of range, or parameters that cannot be pruned.
     """
-    config.check_levels(tuple(levels))
+    levels = tuple(map(float, levels))
+    config.check_levels(levels)
     config.check_choices("methods", tuple(methods), config.METHODS)
     targets = [config.sparsity_of_level(level) for level in levels]
     _, dense = evaluate_levels(apply, params, keep_all(params), data, batch_size=batch_size)
@@ -70,12 +71,17 @@ def prune_curve(
             evaluate_levels(apply, params, masks, data, reference=dense[0], batch_size=batch_size)
         )
         identity = {
-            "protocol": "one_shot", "criterion": scores.__name__, "method": method,
+            "protocol": "one_shot", "criterion": name_of(scores), "method": method,
             "scope": scope, "seed": 0, "epoch": 0,
         }  # fmt: skip
         seconds = {"mask_seconds": masked - started, "eval_seconds": time.perf_counter() - masked}
         rows += make_rows(identity, levels, scored, sizes_of(masks, prunable, remaining), seconds)
     return rows
+
+
+def name_of(scores: Callable[[Params], Scores]) -> str:
+    """Return the name of a criterion, a function or a callable object."""
+    return getattr(scores, "__name__", type(scores).__name__)
 
 
 def keep_all(params: Params, levels: int = 1) -> Masks:
@@ -94,12 +100,13 @@ def sizes_of(
         remaining: as in `prune_curve`.
     """
     stacked = jax.tree.map(np.asarray, masks)
-    levels = len(jax.tree.leaves(stacked)[0])
-    each = [jax.tree.map(lambda m, i=i: m[i], stacked) for i in range(levels)]
+    leaves = jax.tree.leaves(stacked)
+    weights = sum(leaf[0].size for leaf in leaves)
+    each = [jax.tree.map(lambda m, i=i: m[i], stacked) for i in range(len(leaves[0]))]
     return [
         {
             "sparsity": sparsity_of(level, prunable=prunable),
-            "total_sparsity": sparsity_of(level, prunable=lambda path, leaf: True),
+            "total_sparsity": sum(int((~m).sum()) for m in jax.tree.leaves(level)) / weights,
             "remaining": None if remaining is None else remaining(level),
         }
         for level in each
@@ -139,8 +146,8 @@ def make_rows(
     ]
 
 
-def _plain(value: np.ndarray) -> Any:
-    """Return Python floats of 7 significant digits, what float32 holds; NaN is None."""
+def _plain(value: Any) -> Any:
+    """Return Python floats of 7 significant digits, what float32 holds; None if not finite."""
     if value.ndim:
         return [_plain(v) for v in value]
-    return None if np.isnan(value) else float(f"{value:.7g}")
+    return float(f"{value:.7g}") if np.isfinite(value) else None

@@ -3,22 +3,24 @@
 Rows and states come in from `sweep`; after a kill it asks here where each group goes on.
 """
 
+import contextlib
 import importlib.metadata
 import os
 import platform
+import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 
-import jaxprune
-from jaxprune import checkpoints, results
+from jaxprune import __version__, checkpoints, results
 from jaxprune.results import Row
 
-_FIRST = ("config.json.tmp",)  # all that a call killed at its start leaves
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+_FIRST = ("lock", "config.json.tmp")  # all that a call killed at its start leaves
 
 
 class Record:
@@ -29,6 +31,7 @@ class Record:
         folder: Path | None,
         settings: dict[str, Any],
         seeds: int,
+        groups: Sequence[str],
         group_of: Callable[[Row], str],
         note: Callable[[str], None],
     ):
@@ -38,24 +41,33 @@ class Record:
             folder: the run directory; None keeps everything in memory.
             settings: what must be the same when a run goes on.
             seeds: how many; a run may be given more.
+            groups: names of all groups, in the order they run in.
             group_of: names the group that writes a row.
             note: told what is out of the ordinary.
 
         Raises:
-            ValueError: it holds a run with other settings, or is none of ours.
+            ValueError: it holds a run with other settings, is none of ours, or is being written.
             OSError: it cannot be written.
         """
-        self.folder, self.group_of, self.note = folder, group_of, note
+        self.folder, self.groups, self.group_of, self.note = folder, groups, group_of, note
         self.rows: list[Row] = []
-        self.config: dict[str, Any] = {"settings": settings, "seeds": seeds, **_surroundings()}
+        self.now = _surroundings()
+        self.config: dict[str, Any] = {
+            "settings": settings, "seeds": seeds, "command": sys.argv, **self.now, "seconds": {},
+        }  # fmt: skip
         if folder is None:
             return
-        if (folder / "config.json").exists():
-            self._adopt(results.read_config(folder / "config.json"))
-        elif folder.exists() and any(path.name not in _FIRST for path in folder.iterdir()):
+        old = folder / "config.json"
+        foreign = folder.exists() and any(path.name not in _FIRST for path in folder.iterdir())
+        if foreign and not old.exists():
             raise ValueError(f"{folder} is not empty and holds no run: give another --run-dir")
         folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(folder / "lock")  # until this process ends
+        if old.exists():
+            self._adopt(results.read_config(old))
         self.save_config()
+        for path in (folder / "checkpoints").glob("*/*.tmp"):  # what a kill left half done
+            shutil.rmtree(path, ignore_errors=True)
         log = folder / "results.jsonl"
         if log.exists():
             self.rows = results.read_rows(log)
@@ -66,16 +78,17 @@ class Record:
         differences = results.compare_settings(old["settings"], self.config["settings"])
         if differences:
             raise ValueError(
-                f"{self.folder} holds a run with other settings; give them again, or "
-                f"another --run-dir. {'; '.join(differences)}"
+                f"{self.folder} holds a run with other settings; give them again, or another "
+                f"--run-dir. {'; '.join(differences)}"
             )
-        for name in _surroundings():
-            if old[name] != self.config[name]:
-                self.note(
-                    f"going on with another {name}: {old[name]} then, {self.config[name]} now"
-                )
-        self.config["seeds"] = max(old["seeds"], self.config["seeds"])
-        self.config["seconds"] = old.get("seconds", {})
+        self.config = {**old, "seeds": max(old["seeds"], self.config["seeds"])}
+        if changed := [
+            f"{name} {old[kind].get(name)} then, {value} now"
+            for kind in self.now
+            for name, value in self.now[kind].items()
+            if old[kind].get(name) != value
+        ]:
+            self.note(f"going on with other surroundings: {'; '.join(changed)}")
 
     def save_config(self) -> None:
         """Write `config.json`."""
@@ -84,7 +97,7 @@ class Record:
 
     def add_seconds(self, name: str, seconds: float) -> None:
         """Add wall time to one of the sums in `config.json`, such as the compilation's."""
-        sums = self.config.setdefault("seconds", {})
+        sums = self.config["seconds"]
         sums[name] = sums.get(name, 0.0) + seconds
 
     def resume(
@@ -125,42 +138,58 @@ class Record:
         if self.folder is not None:
             results.append_rows(self.folder / "results.jsonl", rows)
 
-    def finish(self) -> None:
-        """Write what only makes sense of a finished run: `results.csv`, and the seconds spent."""
-        if self.folder is not None:
-            results.write_csv(self.folder / "results.csv", self.rows)
-            self.save_config()
-
-    def save(self, group: str, epoch: int, keep: set[str], **items: Any) -> None:
-        """Save a group's state, and thin out older checkpoints.
-
-        The newest two of the run stay whole. Of the others, a group's last keeps all but the
-        optimizer's state, and the rest go, but for those named in `keep`.
+    def save(self, group: str, epoch: int, branch: str | None, **items: Any) -> None:
+        """Save a group's state, and thin out the checkpoints before it.
 
         Args:
             group: its name.
             epoch: the epoch it has finished.
-            keep: checkpoints that are still needed whole, as `group/epoch`.
+            branch: a checkpoint that is still needed whole, as `group/0001`.
             items: trees of arrays.
         """
         if self.folder is None:
             return
         checkpoints.save(self._path(group, epoch), **items)
+        first = {kind: self.config[kind] for kind in self.now}
+        others = self.config.setdefault("later_surroundings", [])
+        if self.now != first and self.now not in others:
+            others.append(self.now)
         self.save_config()
-        self.thin(keep)
+        self.thin(group, branch)
 
-    def thin(self, keep: set[str]) -> None:
-        """Remove what is no longer needed of old checkpoints; see `save`."""
-        if self.folder is None:
-            return
-        found = sorted(self._checkpoints("*"), key=lambda path: path.stat().st_mtime_ns)
-        for path in found[:-2]:
-            if f"{path.parent.name}/{int(path.name)}" in keep:
+    def thin(self, group: str, branch: str | None = None) -> None:
+        """Remove what is no longer needed of the checkpoints up to a group's.
+
+        The newest two stay whole, and so does the branch. Of the others, a group's last keeps all
+        but the optimizer's state, and the rest go. Later groups are left alone: they may have been
+        under way when this one had to be done again.
+        """
+        whole = [
+            path
+            for name in self.groups[: self.groups.index(group) + 1]
+            for path in sorted(self._checkpoints(name))
+            if (path / "opt_state").exists()
+        ]
+        for path in whole[:-2]:
+            if f"{path.parent.name}/{path.name}" == branch:
                 continue
             if int(path.name) == self.config["settings"]["epochs"]:
                 checkpoints.drop(path, "opt_state")
             else:
                 checkpoints.remove(path)
+
+    def finish(self, seeds: int) -> list[Row]:
+        """Return the rows of these seeds, and write them as `results.csv`."""
+        rows = [row for row in self.rows if row.seed < seeds]
+        if self.folder is not None:
+            results.write_csv(self.folder / "results.csv", rows)
+            self.save_config()
+        return rows
+
+    def close(self) -> None:
+        """Let others write the folder."""
+        if self.folder is not None:
+            self._lock.close()
 
     def load(self, group: str, epoch: int, item: str, target: Any = None) -> Any:
         """Return an item of a checkpoint; see `checkpoints.load`."""
@@ -168,10 +197,10 @@ class Record:
 
     def holds(self, group: str, epoch: int, items: set[str]) -> bool:
         """Tell whether a checkpoint has these items, unbroken."""
-        path = self._path(group, epoch)
+        if self.folder is None or not self._path(group, epoch).exists():
+            return False
         try:
-            return self.folder is not None and path.exists() and items <= set(
-                checkpoints.verify(path))  # fmt: skip
+            return items <= set(checkpoints.verify(self._path(group, epoch)))
         except checkpoints.CorruptCheckpoint as error:
             self.note(str(error))
             return False
@@ -186,23 +215,37 @@ class Record:
         return int(path.name) if path else 0
 
     def _path(self, group: str, epoch: int) -> Path:
-        assert self.folder is not None
+        if self.folder is None:
+            raise ValueError("a record in memory has no checkpoints")
         return self.folder / "checkpoints" / group / f"{epoch:04d}"
 
     def _checkpoints(self, group: str) -> list[Path]:
         if self.folder is None:
             return []
-        found = (self.folder / "checkpoints").glob(f"{group}/*")
+        found = (self.folder / "checkpoints" / group).glob("*")
         return [path for path in found if path.name.isdecimal()]
+
+
+def _lock(path: Path) -> IO[str]:
+    """Hold a file against other processes; where the system cannot, nothing is held."""
+    file = path.open("w")
+    with contextlib.suppress(ImportError):
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{path.parent} is being written by another process") from None
+    return file
 
 
 def _surroundings() -> dict[str, Any]:
     """Return what a run is made with but is not compared: versions and the device."""
     device = jax.devices()[0]
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    versions = {"jaxprune": jaxprune.__version__, **versions}
     return {
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": {"python": platform.python_version(), "jaxprune": __version__,
+                     **versions},
         "device": {"platform": device.platform, "kind": device.device_kind,
                    "processor": platform.processor() or platform.machine(),
                    "cores": os.cpu_count()},

@@ -6,9 +6,9 @@ and trains all levels at once, each under its masks. After every epoch a group w
 then its state, so a kill costs an epoch of one group at most.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,14 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxprune import config, evaluate, schedules, sparsity, trees
+from jaxprune import config, schedules, sparsity, trees
 from jaxprune.data import Data, digest
-from jaxprune.masks import apply_masks, masks_at, warn_of_emptied
+from jaxprune.masks import warn_of_emptied
 from jaxprune.results import Row
 from jaxprune.scores import magnitude
-from jaxprune.study.curve import Remaining, keep_all, make_rows, sizes_of
+from jaxprune.study.curve import Remaining, keep_all, make_rows, name_of, sizes_of
+from jaxprune.study.programs import Programs
 from jaxprune.study.record import Record
-from jaxprune.train import TrainState, batch_indices, init_state, make_train
+from jaxprune.train import TrainState, batch_indices, init_state
 from jaxprune.types import (
     Apply,
     Array,
@@ -40,11 +41,6 @@ from jaxprune.types import (
 
 UPDATES_PER_EPOCH = 10
 _CALL_SECONDS = 4.0  # the length of a training call that is aimed at; Ctrl-C is heard between calls
-_EVALUATION_BATCH = 1000
-
-
-class TrainingDiverged(ArithmeticError):
-    """A loss that is not finite; the message names the epoch, the level and the seed."""
 
 
 class Progress(NamedTuple):
@@ -117,10 +113,11 @@ def run_sweep(
 
     Raises:
         ValueError: a setting out of range, or a run directory made with other settings.
-        TrainingDiverged: a loss is not finite; the rows before it are kept.
+        config.TrainingDiverged: a loss is not finite; the rows before it are kept.
         OSError: the run directory cannot be written.
     """
-    config.check_levels(tuple(levels))
+    levels = tuple(map(float, levels))
+    config.check_levels(levels)
     config.check_choices("methods", tuple(methods), config.METHODS)
     config.check_choices("protocols", tuple(protocols), config.PROTOCOLS)
     config.check_at_least_one(seeds=seeds, epochs=epochs)
@@ -129,50 +126,38 @@ def run_sweep(
             f"batch_size must be in [1, {len(data.train.y)}], the size of the training set, "
             f"got {batch_size}"
         )
-    say = note or (lambda _: None)
-    dense_epochs, pruning_epochs, _ = config.phases(epochs)
+    phases = config.phases(epochs)
+    initial = jax.eval_shape(init, jax.random.key(0))
+    flags = trees.prunable_leaves(initial, prunable)
+    shapes = {path: list(leaf.shape) for path, leaf in trees.paths_and_leaves(initial)}
 
     def group_of(row: Row) -> str:
-        shared = row.protocol == "one_shot" or not row.target_sparsity or row.epoch <= dense_epochs
+        shared = row.protocol == "one_shot" or not row.target_sparsity or row.epoch <= phases[0]
         return _dense(row.seed) if shared else _trained(row.method, row.seed)
 
     record = Record(
         None if run_dir is None else Path(run_dir),
         {
-            "levels": list(levels), "epochs": epochs, "methods": list(methods),
+            "levels": list(levels), "epochs": epochs, "phases": list(phases),
+            "updates_per_pruning_epoch": UPDATES_PER_EPOCH, "methods": list(methods),
             "protocols": list(protocols), "batch_size": batch_size,
-            "criterion": scores.__name__, "scope": scope, "data_sha256": digest(data),
-            **(settings or {}),
+            "criterion": name_of(scores), "scope": scope, "parameters": shapes,
+            "prunable": [path for path, flag in zip(shapes, flags, strict=True) if flag],
+            "examples": {name: len(split.y) for name, split in data._asdict().items()},
+            "data_sha256": digest(data), **(settings or {}),
         },
-        seeds, group_of, say,
+        seeds,
+        [name for n in range(seeds) for name in (_dense(n), *(_trained(m, n) for m in methods))],
+        group_of, note or (lambda _: None),
     )  # fmt: skip
-    _Sweep(
-        init=init, apply=apply, optimizer=optimizer or optax.adam(1e-3), scores=scores,
-        data=jax.tree.map(jnp.asarray, data), record=record, report=report or (lambda _: None),
-        levels=tuple(levels), epochs=epochs, methods=tuple(methods), protocols=tuple(protocols),
-        batch_size=batch_size, scope=scope, prunable=prunable, remaining=remaining,
-    ).run(seeds)  # fmt: skip
-    return record.rows
-
-
-class _Program:
-    """A function compiled ahead of time, so that compiling is told apart from running."""
-
-    def __init__(self, f: Callable, record: Record):
-        self.jitted, self.record = jax.jit(f), record
-        self.compiled: dict[Any, Any] = {}
-
-    def __call__(self, *args: Any) -> tuple[Any, float]:
-        """Return the result, computed, and the seconds it took."""
-        leaves, treedef = jax.tree.flatten(args)
-        key = (treedef, *((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves))
-        if key not in self.compiled:
-            started = time.perf_counter()
-            self.compiled[key] = self.jitted.lower(*args).compile()
-            self.record.add_seconds("compilation", time.perf_counter() - started)
-        started = time.perf_counter()
-        result = jax.block_until_ready(self.compiled[key](*args))
-        return result, time.perf_counter() - started
+    with contextlib.closing(record):
+        _Sweep(
+            init=init, apply=apply, optimizer=optimizer or optax.adam(1e-3), scores=scores,
+            data=jax.tree.map(jnp.asarray, data), record=record, report=report or (lambda _: None),
+            levels=levels, epochs=epochs, methods=tuple(methods), protocols=tuple(protocols),
+            batch_size=batch_size, scope=scope, prunable=prunable, remaining=remaining,
+        ).run(seeds)  # fmt: skip
+        return record.finish(seeds)
 
 
 class _Sweep:
@@ -189,29 +174,17 @@ class _Sweep:
         self.record, self.report = record, report
         self.levels, self.epochs, self.methods, self.protocols = levels, epochs, methods, protocols
         self.batch_size, self.prunable, self.remaining = batch_size, prunable, remaining
-        self.scope, self.criterion = scope, scores.__name__
+        self.scope, self.criterion = scope, name_of(scores)
         self.pruned = tuple(level for level in levels if level != 0)
         self.targets = [config.sparsity_of_level(level) for level in self.pruned]
         self.dense_epochs, self.pruning_epochs, _ = config.phases(epochs)
         self.steps = len(data.train.y) // batch_size
         self.step_seconds: dict[int, float] = {}  # of a training step, by the number of levels
 
-        def select(
-            method: Granularity, params: Params, masks: Masks | None, counts: Counts
-        ) -> Masks:
-            params = params if masks is None else apply_masks(params, masks)
-            return masks_at(scores(params), counts, within=masks, **self.options(method))
-
-        def select_each(method: Granularity, params: Params, masks: Masks, counts: Counts) -> Masks:
-            return trees.map_levels(lambda level: select(method, *level), (params, masks, counts))
-
-        score = partial(
-            evaluate.score, apply=apply, batch_size=_EVALUATION_BATCH, levels_at_once=None
-        )
-        self.train = _Program(make_train(apply, optimizer), record)
-        self.score = _Program(score, record)
-        self.select = {m: _Program(partial(select, m), record) for m in methods}
-        self.select_each = {m: _Program(partial(select_each, m), record) for m in methods}
+        self.programs = Programs(
+            apply, optimizer, scores, methods, scope, prunable,
+            lambda seconds: record.add_seconds("compilation", seconds),
+        )  # fmt: skip
 
     def options(self, method: Granularity) -> dict[str, Any]:
         """Return what `counts` and `masks_at` are to agree on."""
@@ -225,11 +198,11 @@ class _Sweep:
             warn_of_emptied(shapes, counts, method, self.prunable)
         starts = [self.resume(seed) for seed in range(seeds)]
         self.work = sum(self.work_of(*start) for start in starts)
-        self.worked, self.busy = 0.0, 0.0
+        self.worked = 0
+        self.since: tuple[int, float] | None = None  # work and time before the first call
         for seed, start in enumerate(starts):
             self.run_seed(seed, *start)
-        self.record.thin(keep=set())
-        self.record.finish()
+            self.record.thin([_dense(seed), *(_trained(m, seed) for m in start[1])][-1])
 
     def work_of(self, dense: int, trained: dict[Granularity, int]) -> int:
         """Return the work left of a seed, in forward passes of an example."""
@@ -296,7 +269,6 @@ class _Sweep:
         if branching and self.dense_epochs <= start:
             at = self.dense_epochs
             branch = _stack(self.load_state(group, at), 1) if at else initial
-        keep_whole = {f"{group}/{self.dense_epochs}"} if "trained" in self.protocols else set()
         dense = keep_all(_first(initial.params))
         for epoch in range(start + 1, self.epochs + 1):
             state, _, seconds = self.train_epoch(state, dense, seed, "dense", "", epoch, {})
@@ -312,12 +284,16 @@ class _Sweep:
                     masks[method], found = self.one_shot(method, seed, epoch, params, labels[0])
                     rows += found
             self.record.append(rows)
-            self.record.save(
-                group, epoch, keep_whole, params=params, opt_state=_first(state.opt_state),
-                predictions=predictions, **({"one_shot": masks} if epoch == self.epochs else {}),
-            )  # fmt: skip
+            items = {"params": params, "opt_state": _first(state.opt_state)}
+            if epoch == self.epochs:
+                items["one_shot"] = masks
+            self.record.save(group, epoch, self.branch_of(seed), predictions=predictions, **items)
             branch = state if epoch == self.dense_epochs else branch
         return branch, predictions
+
+    def branch_of(self, seed: int) -> str | None:
+        """Name the checkpoint that trained groups branch off."""
+        return f"{_dense(seed)}/{self.dense_epochs:04d}" if "trained" in self.protocols else None
 
     def shared_rows(self, seed: int, epoch: int, dense: Masks, scored: Metrics) -> list[Row]:
         """Return the dense network's rows: level 0, and every level while it is still dense."""
@@ -338,7 +314,7 @@ class _Sweep:
     ) -> tuple[Masks, list[Row]]:
         """Prune a dense network at all levels and score it; return the masks and the rows."""
         counts = sparsity.counts(params, self.targets, **self.options(method))
-        masks, mask_seconds = self.select[method](params, None, counts)
+        masks, mask_seconds = self.programs.select[method](params, counts)
         stacked = _stack(params, len(self.pruned))
         (scored, _), eval_seconds = self.evaluate(stacked, masks, reference)
         sizes = sizes_of(masks, self.prunable, self.remaining)
@@ -373,7 +349,6 @@ class _Sweep:
                 self.pruning_epochs * self.steps, self.pruning_epochs * UPDATES_PER_EPOCH
             ).items()
         }
-        keep_whole = {f"{_dense(seed)}/{self.dense_epochs}"}
         for epoch in range(max(start, self.dense_epochs) + 1, self.epochs + 1):
             first = (epoch - self.dense_epochs - 1) * self.steps
             due = {step - first: n for step, n in updates.items() if 0 <= step - first < self.steps}
@@ -388,7 +363,7 @@ class _Sweep:
             identity = self.identity("trained", method, seed, epoch)
             self.record.append(make_rows(identity, self.pruned, scored, sizes, seconds))
             self.record.save(
-                group, epoch, keep_whole,
+                group, epoch, self.branch_of(seed),
                 params=state.params, masks=masks, opt_state=state.opt_state,
             )  # fmt: skip
 
@@ -404,11 +379,13 @@ class _Sweep:
         step = 0
         while step < self.steps:
             if step in updates:
-                masks, elapsed = self.select_each[method](state.params, masks, updates[step])
+                masks, elapsed = self.programs.select_within[method](
+                    state.params, masks, updates[step]
+                )
                 seconds["mask_seconds"] += elapsed
             wanted = max(1, int(_CALL_SECONDS / self.step_seconds.get(len(levels), _CALL_SECONDS)))
             stop = min([self.steps, step + wanted, *(u for u in updates if u > step)])
-            (state, losses), elapsed = self.train(
+            (state, losses), elapsed = self.programs.train(
                 state, masks, train.x, train.y, batches, np.int32(step), np.int32(stop)
             )
             seconds["train_seconds"] += elapsed
@@ -417,12 +394,14 @@ class _Sweep:
             self.check_finite(losses, seed, protocol, method, epoch)
             examples = (stop - step) * self.batch_size * len(levels)
             self.worked += 3 * examples
-            self.busy += elapsed
-            left = (self.work - self.worked) * self.busy / self.worked
+            if self.since is None:
+                self.since = self.worked - 3 * examples, time.perf_counter() - elapsed
+            pace = (time.perf_counter() - self.since[1]) / (self.worked - self.since[0])
             self.report(
                 Progress(
                     seed, protocol, method, epoch, self.epochs, levels, tuple(losses.tolist()),
-                    examples / elapsed, self.worked / self.work, left,
+                    examples / elapsed, self.worked / self.work,
+                    pace * (self.work - self.worked),
                 )
             )  # fmt: skip
             step = stop
@@ -432,16 +411,14 @@ class _Sweep:
         """Score stacked networks: (metrics, predictions), and the seconds it took."""
         val, test = self.data.val, self.data.test
         self.worked += len(jax.tree.leaves(masks)[0]) * (len(val.y) + len(test.y))
-        result, elapsed = self.score(params, masks, val, test, reference)
-        self.busy += elapsed
-        return result, elapsed
+        return self.programs.score(params, masks, val, test, reference)
 
     def check_finite(self, losses: Any, seed: int, protocol: str, method: str, epoch: int) -> None:
-        """Raise `TrainingDiverged` if a level's loss is not finite."""
+        """Raise `config.TrainingDiverged` if a level's loss is not finite."""
         wrong = np.flatnonzero(~np.isfinite(losses))
         if wrong.size:
             level = self.pruned[wrong[0]] if protocol == "trained" else 0
-            raise TrainingDiverged(
+            raise config.TrainingDiverged(
                 f"the loss is not finite at epoch {epoch}, level {level:g}%, seed {seed} "
                 f"({' '.join(filter(None, (protocol, method)))}); try a smaller learning rate"
             )
