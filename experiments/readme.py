@@ -5,6 +5,7 @@
 A table stands between `<!-- name -->` and `<!-- /name -->`; everything else is left as it is.
 """
 
+import dataclasses
 import json
 import re
 import sys
@@ -42,10 +43,20 @@ def accuracy_table(rows: Sequence[Row]) -> str:
                 interval(rows, protocol, method, level, "accuracy", 100, 1) for level in LEVELS
             ]
             lines.append(f"| {method}, `{protocol}` | " + " | ".join(cells) + " |")
+        best = at_lowest_validation_loss(rows)
+        cells = [interval(best, "one_shot", method, level, "accuracy", 100, 1) for level in LEVELS]
+        lines.append(f"| {method}, `one_shot`, lowest validation loss | {' | '.join(cells)} |")
         for name, values in answers.items():
             cells = [f"{value:.1f}" for value in values]
             lines.append(f"| {method}, published {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def at_lowest_validation_loss(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows of each seed's epoch of lowest dense validation loss, all as of one epoch."""
+    dense = [row for row in rows if row.protocol == "one_shot" and row.target_sparsity == 0]
+    best = {row.seed: row for row in sorted(dense, key=lambda row: -(row.val_loss or 0))}
+    return [dataclasses.replace(row, epoch=0) for row in rows if row.epoch == best[row.seed].epoch]
 
 
 def loss_table(rows: Sequence[Row]) -> str:
@@ -200,10 +211,10 @@ def fill(text: str, blocks: dict[str, str]) -> str:
         ValueError: a mark is missing.
     """
     for name, block in blocks.items():
-        pattern = re.compile(f"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+        pattern = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not pattern.search(text):
             raise ValueError(f"README.md has no block {name!r}")
-        text = pattern.sub(lambda found, block=block: found[1] + block + found[2], text)
+        text = pattern.sub(lambda found, block=block: f"{found[1]}{block}\n{found[2]}", text)
     return text
 
 

@@ -15,7 +15,7 @@ from jaxprune import masks, sparsity, trees
 from jaxprune.scores import magnitude
 
 masks_at, counts = masks.masks_at, sparsity.counts
-jitted = jax.jit(masks_at, static_argnames=("granularity", "scope", "prunable", "unit_axis"))
+compiled = jax.jit(masks_at, static_argnames=("granularity", "scope", "prunable", "unit_axis"))
 
 Shape = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
 LEVELS = [0.0, 0.25, 0.5, 0.9, 1.0]
@@ -24,10 +24,20 @@ OPTIONS = [
     for granularity in ("weight", "unit")
     for scope in ("layer", "global")
 ]
+CORNERS = [OPTIONS[0], OPTIONS[3]]  # where each option is seen once, to save compilations
 
 
 def everything(path, leaf):
     return True
+
+
+def jitted(*args, **options):
+    """Return masks as NumPy arrays, made by programs that all tests share."""
+    return jax.device_get(compiled(*args, **options))
+
+
+def level_of(stacked, i):
+    return jax.tree.map(lambda mask: mask[i], stacked)
 
 
 class LinenNet(linen.Module):
@@ -146,18 +156,18 @@ def test_global_by_hand():
     assert [got["a"].tolist(), got["b"].tolist()] == [[[True, True]], [[False, True]]]
 
 
-def test_trees_against_the_reference(params):
-    def all_masks(scores, pruned):
-        return [masks_at(scores, c, **o) for c, o in zip(pruned, OPTIONS, strict=True)]
-
+@pytest.mark.parametrize("options", CORNERS)
+def test_trees_against_the_reference(params, options):
     scores = magnitude(params)
-    pruned = [counts(params, LEVELS, **options) for options in OPTIONS]
-    together = jax.jit(all_masks)(scores, pruned)
-    for options, stacked in zip(OPTIONS, together, strict=True):
-        for i, level in enumerate(LEVELS):
-            check(jax.tree.map(lambda m: m[i], stacked), scores, level, **options)  # noqa: B023
-    for options, make in zip(OPTIONS[::2], (masks.weight_masks, masks.unit_masks), strict=True):
-        check(make(params, 0.5), scores, 0.5, **options)
+    together = jitted(scores, counts(params, LEVELS, **options), **options)
+    for i, level in enumerate(LEVELS):
+        one = level_of(together, i)
+        check(one, scores, level, **options)
+        counted = [m for path, m in as_numpy(one).items() if trees.default_prunable(path, m)]
+        lost, total = sum(np.sum(~m) for m in counted), sum(m.size for m in counted)
+        assert masks.sparsity_of(one) == lost / total
+    make = masks.weight_masks if options["granularity"] == "weight" else masks.unit_masks
+    check(make(params, 0.5, scope=options["scope"]), scores, 0.5, **options)
 
 
 def test_trees_hold_what_they_are_meant_to(params):
@@ -167,9 +177,10 @@ def test_trees_hold_what_they_are_meant_to(params):
     assert sum(flags) < len(flags)
 
 
-@pytest.mark.parametrize("scope", ["layer", "global"])
-@pytest.mark.parametrize("unit_axis", [-1, -2, 0, 1])
-def test_unit_axes_of_kernels(scope, unit_axis):
+@pytest.mark.parametrize(
+    ("unit_axis", "scope"), [(-1, "layer"), (-2, "global"), (0, "layer"), (1, "global")]
+)
+def test_unit_axes_of_kernels(unit_axis, scope):
     rng = np.random.default_rng(2)
     params = {
         "conv": rng.normal(size=(3, 3, 2, 4)).astype(np.float32),
@@ -190,8 +201,8 @@ def test_a_conv_unit_is_an_output_channel():
     assert not kept[:, :, :, [1, 3]].any()
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn"])
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("options", OPTIONS[1::2])
 def test_narrow_and_mixed_types(dtype, options):
     rng = np.random.default_rng(3)
     scores = {
@@ -203,7 +214,7 @@ def test_narrow_and_mixed_types(dtype, options):
         check(jitted(scores, counts(scores, level, **options), **options), scores, level, **options)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", CORNERS)
 def test_float64(options):
     rng = np.random.default_rng(4)
     scores = {"a": 1 + 1e-12 * rng.permutation(12).reshape(4, 3), "logits": np.ones((3, 2))}
@@ -259,9 +270,10 @@ def test_norms_of_units_neither_vanish_nor_overflow(scale, scope):
         check(jitted(scores, counts(scores, level, **options), **options), scores, level, **options)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-def test_large_layers(options):
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_large_layers(scope):
     # Above the size from which on select takes its other way.
+    options = {"granularity": "weight", "scope": scope}
     rng = np.random.default_rng(6)
     params = {
         "a": rng.integers(-9, 10, (200, 210)).astype(np.float32),
@@ -271,7 +283,7 @@ def test_large_layers(options):
     scores = jax.tree.map(np.abs, params)
     together = jitted(scores, counts(params, LEVELS, **options), **options)
     for i, level in enumerate(LEVELS):
-        check(jax.tree.map(lambda m: m[i], together), scores, level, **options)  # noqa: B023
+        check(level_of(together, i), scores, level, **options)
 
 
 def test_a_bare_array():
@@ -311,7 +323,7 @@ def test_no_levels(options):
     assert {k: m.shape for k, m in got.items()} == {"a": (0, 2, 3), "logits": (0, 3, 2)}
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", CORNERS)
 def test_vmap_over_seeds_levels_and_criteria(options):
     rng = np.random.default_rng(7)
     scores = {"a": rng.random((2, 3, 4, 5)), "logits": rng.random((2, 3, 5, 2))}
@@ -322,13 +334,14 @@ def test_vmap_over_seeds_levels_and_criteria(options):
     over_levels = jax.vmap(f, in_axes=(None, 0))
     got = jax.jit(jax.vmap(jax.vmap(f, in_axes=(0, None)), in_axes=(0, None)))(scores, pruned)
     nested = jax.jit(jax.vmap(jax.vmap(over_levels, (0, None)), (0, None)))(scores, pruned)
+    got = jax.device_get(got)
     jax.tree.map(np.testing.assert_array_equal, got, nested)
     for i, j, k in np.ndindex(2, 3, len(LEVELS)):
-        one = jax.tree.map(lambda s: s[i, j], scores)  # noqa: B023
-        check(jax.tree.map(lambda m: m[i, j, k], got), one, LEVELS[k], **options)  # noqa: B023
+        one = level_of(scores, (i, j))
+        check(level_of(got, (i, j, k)), one, LEVELS[k], **options)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", CORNERS)
 def test_compiled_once_for_all_counts(options):
     traces = []
 
@@ -340,8 +353,8 @@ def test_compiled_once_for_all_counts(options):
     params = {"a": np.ones((4, 5), np.float32), "logits": np.ones((5, 2), np.float32)}
     for i, levels in enumerate([LEVELS, LEVELS[::-1], [0.1] * 5, [0.0, 0.99, 0.3, 0.2, 0.5]]):
         params["a"] = np.random.default_rng(i).random((4, 5)).astype(np.float32)
-        got = f(params, counts(params, levels, **options))
-        check(jax.tree.map(lambda m: m[1], got), params, levels[1], **options)
+        got = jax.device_get(f(params, counts(params, levels, **options)))
+        check(level_of(got, 1), params, levels[1], **options)
     assert len(traces) == 1
 
 
@@ -556,7 +569,7 @@ def test_within_never_revives(scores, earlier, problem):
 def test_rounds_of_pruning_only_lose(first, second, problem):
     options, pruned = problem
     pruned = jax.tree.map(np.sort, pruned)
-    earlier = jax.tree.map(lambda mask: mask[1], masks_of(first, pruned, **options))
+    earlier = level_of(masks_of(first, pruned, **options), 1)
     later = masks_of(second, pruned, earlier, **options)
     for name in SHAPES:
         assert (np.asarray(later[name]) <= np.asarray(earlier[name])).all()
@@ -670,19 +683,6 @@ def test_sparsity_of_by_hand():
     assert masks.sparsity_of(kept, prunable=lambda path, leaf: False) == 0
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-def test_sparsity_is_that_of_the_counts(params, options):
-    make = masks.weight_masks if options["granularity"] == "weight" else masks.unit_masks
-    for level in LEVELS:
-        kept = make(params, level, scope=options["scope"])
-        flat = as_numpy(kept).items()
-        counted = [m for path, m in flat if trees.default_prunable(path, m)]
-        lost, total = sum(np.sum(~m) for m in counted), sum(m.size for m in counted)
-        assert masks.sparsity_of(kept) == lost / total
-        if options["granularity"] == "weight":
-            assert lost == sum(jax.tree.leaves(counts(params, level, **options)))
-
-
 def test_sparsity_of_refuses():
     with pytest.raises(TypeError, match="sparsity_of counts concrete masks.*outside of jit"):
         jax.jit(masks.sparsity_of)({"a": jnp.ones((2, 2), bool), "logits": jnp.ones(1, bool)})
@@ -706,13 +706,14 @@ def test_emptied_layers_are_warned_of_once(granularity):
 
 
 def test_emptied_by_rounding():
-    params = {"small": jnp.ones((100, 10)), "wide": jnp.ones((10, 100)), "logits": jnp.ones(1)}
+    params = {"small": np.ones((2, 10)), "wide": np.ones((2, 100)), "logits": np.ones(1)}
+    params = jax.tree.map(np.float32, params)
     pruned = counts(params, 0.99, granularity="unit")
     with pytest.warns(UserWarning, match="every unit of small$"):
         masks.warn_of_emptied(params, pruned, "unit")
-    kept = masks.unit_masks(params, 0.99)
+    kept = jitted(params, pruned, granularity="unit")
     assert not kept["small"].any()
-    assert kept["wide"].sum() == 10
+    assert kept["wide"].sum() == 2
 
 
 def test_no_warning_without_need():
@@ -741,8 +742,7 @@ def test_scores_that_are_not_finite(value, options):
     with pytest.raises(ValueError, match="scores of leaf 'a' contain NaN or infinite"):
         masks.weight_masks(scores, 0.5)
     # Under jit values cannot be seen; the counts stay exact all the same.
-    got = jax.jit(partial(masks_at, **options))(scores, pruned)
-    lost = int(np.sum(~np.asarray(got["a"])))
+    lost = np.sum(~jitted(scores, pruned, **options)["a"])
     assert lost == (3 if options["granularity"] == "weight" else 4)
 
 

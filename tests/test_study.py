@@ -29,7 +29,10 @@ from jaxprune.types import Metrics
 FEATURES, HIDDEN, CLASSES = 8, (16, 12), 3
 LEVELS = (0.0, 50.0, 90.0)
 # Epochs 1 and 2 are dense, 3 and 4 prune, 5 is masked; of 9 steps.
-SETTINGS = {"levels": LEVELS, "epochs": 5, "batch_size": 32, "remaining": models.mlp_remaining}
+SETTINGS = {
+    "levels": LEVELS, "epochs": 5, "batch_size": 32, "optimizer": optax.adam(1e-2),
+    "remaining": models.mlp_remaining,
+}  # fmt: skip
 REPOSITORY = Path(__file__).parents[1]
 
 

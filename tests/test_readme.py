@@ -1,0 +1,60 @@
+"""What README.md says: its example runs, and its tables are those of the committed rows."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from experiments import readme
+from jaxprune import results
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return results.read_csv(ROOT / "figures" / "results.csv")
+
+
+def test_the_example_runs(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    exec(compile(code, "README.md", "exec"), {})
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [(method, float(level)) for method, level, *_ in printed] == [
+        (method, level) for method in ("weight", "unit") for level in (0, 0.5, 0.9, 0.99)
+    ]
+
+
+def test_the_tables_are_those_of_the_committed_rows_and_timings():
+    text = (ROOT / "README.md").read_text()
+    assert readme.fill(text, readme.blocks(ROOT / "figures")) == text
+
+
+def test_links_lead_somewhere():
+    for link in re.findall(r"\]\((?!http)([^)#]+)", (ROOT / "README.md").read_text()):
+        assert (ROOT / link).exists(), link
+
+
+def test_the_committed_run_is_the_challenge_of_three_seeds_and_complete(rows):
+    settings = results.load_run(ROOT / "figures").config["settings"]
+    assert settings["dataset"] == "fashion_mnist" and settings["epochs"] == 20
+    found = [(r.protocol, r.method, r.seed, r.epoch, 100 * r.target_sparsity) for r in rows]
+    assert len(set(found)) == len(found) == 2 * 2 * 3 * 20 * 10
+    for row in rows:
+        if row.epoch == 20 or row.protocol == "one_shot":
+            assert row.sparsity == pytest.approx(row.target_sparsity, abs=1e-6)
+
+
+def test_weight_pruning_is_above_unit_pruning_from_70_to_95_percent(rows):
+    for level in (70, 80, 90, 95):
+        weight, unit = (
+            results.mean_interval(readme.values(rows, "one_shot", method, level, "accuracy"))[0]
+            for method in ("weight", "unit")
+        )
+        assert weight > unit
+
+
+def test_a_missing_mark_is_an_error():
+    with pytest.raises(ValueError, match="no block 'b'"):
+        readme.fill("<!-- a -->\n<!-- /a -->", {"a": "x", "b": "y"})
+    assert readme.fill("<!-- a -->\nold\n<!-- /a -->", {"a": "x"}) == "<!-- a -->\nx\n<!-- /a -->"
