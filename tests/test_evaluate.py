@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,7 +70,7 @@ def reference(params, masks, data, dense):
         return -log_softmax(beta * logits, axis=1)[np.arange(len(y)), y].mean()
 
     val, test = (forward(params, masks, s.x) for s in (data.val, data.test))
-    best = minimize_scalar(
+    best: Any = minimize_scalar(
         lambda b: loss(val, data.val.y, np.exp(b)),
         bounds=(np.log(1e-3), np.log(1e3)), method="bounded", options={"xatol": 1e-10},
     )  # fmt: skip
@@ -80,7 +82,7 @@ def reference(params, masks, data, dense):
         ece += abs(confidence[inside].sum() - right[inside].sum()) / len(right)
     of_class = [right[data.test.y == c] for c in range(CLASSES)]
     class_accuracy = np.array([r.mean() if len(r) else np.nan for r in of_class])
-    return Metrics(
+    values: dict[str, Any] = dict(
         accuracy=right.mean(),
         loss=loss(test, data.test.y),
         ece=ece,
@@ -92,12 +94,13 @@ def reference(params, masks, data, dense):
         worst_class_accuracy=np.nanmin(class_accuracy),
         val_accuracy=(val.argmax(axis=1) == data.val.y).mean(),
         val_loss=loss(val, data.val.y),
-    ), predicted
+    )
+    return Metrics(**values), predicted
 
 
 def assert_metrics(found, expected, rtol=1e-5):
     for name, value in expected._asdict().items():
-        tolerance = {"rtol": 2e-4 if name == "temperature" else rtol, "atol": 1e-6}
+        tolerance: dict[str, Any] = {"rtol": 2e-4 if name == "temperature" else rtol, "atol": 1e-6}
         np.testing.assert_allclose(getattr(found, name), value, **tolerance, err_msg=name)
 
 
@@ -148,8 +151,8 @@ def test_counts_are_exact_for_any_batch_size(scored, batch_size):
 
 def test_levels_do_not_depend_on_each_other(scored):
     data, params, masks, metrics, predictions = scored
-    backward = jax.tree.map(lambda x: jnp.flip(x, axis=0), (params, masks))
-    found, labels = evaluate_levels(apply, *backward, data, reference=predictions[0])
+    last, first = (jax.tree.map(lambda x: jnp.flip(x, axis=0), tree) for tree in (params, masks))
+    found, labels = evaluate_levels(apply, last, first, data, reference=predictions[0])
     np.testing.assert_array_equal(labels[::-1], predictions)
     for value, expected in zip(found, metrics, strict=True):
         np.testing.assert_array_equal(value[::-1], expected)

@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -199,7 +201,7 @@ def best_temperature(logits, labels):
         scaled = log_softmax(np.exp(log_beta) * logits, axis=1)
         return -scaled[np.arange(len(labels)), labels].mean()
 
-    found = minimize_scalar(
+    found: Any = minimize_scalar(
         loss, bounds=(LOWEST, HIGHEST), method="bounded", options={"xatol": 1e-9}
     )
     return np.exp(-found.x), loss
