@@ -10,7 +10,9 @@ of its own (`make benchmark` makes it), in a process that waits meanwhile.
 
 import argparse
 import contextlib
+import itertools
 import json
+import operator
 import os
 import platform
 import re
@@ -60,7 +62,7 @@ def macs(sizes: Sequence[int], *, training: bool) -> int:
 
     Training computes the gradients of weights and, but in layer 1, of inputs too.
     """
-    forward = sum(a * b for a, b in zip(sizes, sizes[1:], strict=False))
+    forward = sum(a * b for a, b in itertools.pairwise(sizes))
     return 3 * forward - sizes[0] * sizes[1] if training else forward
 
 
@@ -158,8 +160,7 @@ class Benchmark:
         return self.state.params
 
     def matmul_rate(self) -> float:
-        seconds = median(clock(self.multiply, *self.factors)[1] for _ in range(3))
-        return self.matmul_flop / seconds
+        return self.matmul_flop / median(clock(self.multiply, *self.factors)[1] for _ in range(3))
 
     def compare(
         self, name: str, goal: str, ours: Callable[[], float], other: str,
@@ -187,11 +188,11 @@ class Benchmark:
 
     def measure_masks(self, ask: Ask | None) -> None:
         """Check all masks, and compare the time that they take."""
-        for g, masks in self.masks.items():
-            for name, kernel in ((name, layer["kernel"]) for name, layer in self.params.items()):
-                right = masks_by_argsort(np.asarray(kernel), self.counts[g][name]["kernel"], g)
-                if not np.array_equal(np.asarray(masks[name]["kernel"]), right):
-                    raise ArithmeticError(f"the {g} masks of {name} are not those of an argsort")
+        for g, name in itertools.product(self.masks, self.params):
+            found, counts = self.masks[g][name]["kernel"], self.counts[g][name]["kernel"]
+            right = masks_by_argsort(np.asarray(self.params[name]["kernel"]), counts, g)
+            if not np.array_equal(np.asarray(found), right):
+                raise ArithmeticError(f"the {g} masks of {name} are not those of an argsort")
         self.compare(
             f"masks of {len(self.targets)} levels, weight and unit", ">= 25 x",
             lambda: median(clock(select, self.params, self.counts)[1] for _ in range(5)),
@@ -262,10 +263,8 @@ def table(rows: Sequence[Row]) -> str:
     for name, seconds, other, theirs, ratios, goal, rates in rows:
         sign, limit, unit = goal.split()
         limit = float(limit) / (100 if unit == "%" else 1)
-        met = "-"
-        if ratios:
-            reached, missed = ("yes", "no") if sign == ">=" else ("no", "yes")
-            met = reached if median(ratios) >= limit else missed
+        better = operator.ge if sign == ">=" else operator.le
+        met = ("yes" if better(median(ratios), limit) else "no") if ratios else "-"
         pair = spread(seconds, "s"), other, spread(theirs, "s"), spread(ratios, unit)
         cells.append((name, *pair, goal, met, spread(rates, "GFLOP/s")))
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -302,8 +301,7 @@ def run(
     print(f"\nmatmul, float32 {matmul_size}^3: {spread(every, 'GFLOP/s')} in all")
     if python is None:
         print("-: PyTorch was not measured; `make benchmark` does, or --torch PYTHON that has it")
-    rows = [row._asdict() for row in bench.rows]
-    return {"device": device, "versions": versions, "rows": rows}
+    return {"device": device, "versions": versions, "rows": [row._asdict() for row in bench.rows]}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -318,10 +316,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     jax.config.update("jax_platforms", "cpu")
     try:
         numbers = run(data.load("fashion_mnist"), args.torch, rounds=args.rounds)
+        if args.out:
+            args.out.write_text(json.dumps({"command": sys.argv, **numbers}, indent=1) + "\n")
     except (OSError, ValueError, ArithmeticError, RuntimeError) as error:
         parser.exit(1, f"benchmark.py: {error}\n")
-    if args.out:
-        args.out.write_text(json.dumps({"command": sys.argv, **numbers}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

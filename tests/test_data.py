@@ -153,7 +153,8 @@ def failing_name_lookup(*args, **kwargs):
 
 
 def hanging_name_lookup(*args, **kwargs):
-    time.sleep(30)
+    time.sleep(12)
+    raise socket.gaierror("no network after all")
 
 
 # ---- the real data ----------------------------------------------------------------------------
