@@ -14,7 +14,6 @@ import itertools
 import json
 import operator
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -30,15 +29,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxprune import config, data, metrics, models, sparsity, trees
-from jaxprune.evaluate import evaluate_levels
-from jaxprune.masks import apply_masks, masks_at
+from jaxprune import config, data, metrics, models, sparsity
+from jaxprune.masks import masks_at
 from jaxprune.scores import magnitude
 from jaxprune.study.curve import keep_all
+from jaxprune.study.programs import Programs
 from jaxprune.study.sweep import UPDATES_PER_EPOCH
-from jaxprune.train import batch_indices, init_state, make_train
+from jaxprune.train import batch_indices, init_state
 from jaxprune.types import Counts, Granularity, Masks, Params
 
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 BATCH_SIZE = 128
 TRAINED_STEPS = 300  # of the network that is pruned and evaluated
 TIMED_STEPS = 100  # of the training that is compared with PyTorch's
@@ -58,10 +58,7 @@ class Row(NamedTuple):
 
 
 def macs(sizes: Sequence[int], *, training: bool) -> int:
-    """Return the multiply-adds that an example costs in a network of these layer sizes.
-
-    Training computes the gradients of weights and, but in layer 1, of inputs too.
-    """
+    """Return an example's multiply-adds; training needs no gradient of the network's inputs."""
     forward = sum(a * b for a, b in itertools.pairwise(sizes))
     return 3 * forward - sizes[0] * sizes[1] if training else forward
 
@@ -90,24 +87,13 @@ def select(params: Params, counts: dict[Granularity, Counts]) -> dict[Granularit
     return {g: masks_at(magnitude(params), c, granularity=g) for g, c in counts.items()}
 
 
-@jax.jit(static_argnums=0)
-def update(granularity: Granularity, params: Params, masks: Masks, counts: Counts) -> Masks:
-    """Select anew in every level among what is kept, as `study.sweep` does."""
-
-    def one_level(params: Params, masks: Masks, counts: Counts) -> Masks:
-        scores = magnitude(apply_masks(params, masks))
-        return masks_at(scores, counts, granularity=granularity, within=masks)
-
-    return trees.map_levels(lambda level: one_level(*level), (params, masks, counts))
-
-
 @contextlib.contextmanager
 def torch_worker(python: str, inputs: dict[str, Any]) -> Iterator[Ask]:
     """Run `torch_baseline.py` in another interpreter, with these arrays."""
     script, pipe = Path(__file__).with_name("torch_baseline.py"), subprocess.PIPE
     with tempfile.TemporaryDirectory() as folder:
         np.savez(f"{folder}/inputs.npz", **inputs)
-        command = [python, str(script), f"{folder}/inputs.npz", str(cores())]
+        command = [python, str(script), f"{folder}/inputs.npz", str(CORES)]
         with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
 
             def ask(op: str, **arguments: Any) -> Any:
@@ -134,7 +120,9 @@ class Benchmark:
         self.sizes = (loaded.train.x.shape[1], *hidden_sizes, int(loaded.train.y.max()) + 1)
         init, self.apply = models.mlp(self.sizes[0], hidden_sizes, self.sizes[-1])
         self.optimizer = optax.adam(1e-3)
-        self.program = jax.jit(make_train(self.apply, self.optimizer))
+        self.programs = Programs(
+            self.apply, self.optimizer, magnitude, config.METHODS, "layer", None, lambda _: None
+        )
         self.params = jax.jit(init)(jax.random.key(0))
         self.start(1)
         params = self.train(keep_all(self.params, 1), min(TRAINED_STEPS, self.epoch_steps))
@@ -156,7 +144,8 @@ class Benchmark:
         """Shuffle, make the first steps of an epoch from where the last call ended, and return."""
         x, y = self.data.train
         batches = batch_indices(jax.random.key(0), len(y), BATCH_SIZE)
-        self.state, _ = self.program(self.state, masks, x, y, batches, np.int32(0), np.int32(steps))
+        args = self.state, masks, x, y, batches, np.int32(0), np.int32(steps)
+        (self.state, _), _ = self.programs.train(*args)
         return self.state.params
 
     def matmul_rate(self) -> float:
@@ -216,13 +205,13 @@ class Benchmark:
         )  # fmt: skip
 
     def measure_evaluation(self) -> None:
-        levels, examples = len(self.targets), len(self.data.val.y) + len(self.data.test.y)
-        args = self.apply, self.start(levels), self.masks["weight"], self.data
+        (_, val, test), levels = self.data, len(self.targets)
+        args = self.start(levels), self.masks["weight"], val, test, None
         # The padding of batches is not counted, so what is wasted on it lowers the rate.
-        flop = 2 * levels * examples * macs(self.sizes, training=False)
+        flop = 2 * levels * (len(val.y) + len(test.y)) * macs(self.sizes, training=False)
         self.compare(
             f"evaluation of {levels} weight levels", ">= 80 %",
-            lambda: clock(evaluate_levels, *args)[1], "matmul", lambda rate: flop / rate,
+            lambda: self.programs.score(*args)[1], "matmul", lambda rate: flop / rate,
         )  # fmt: skip
 
     def measure_masked_training(self) -> None:
@@ -231,13 +220,14 @@ class Benchmark:
         levels, steps = len(pruned), max(1, round(self.epoch_steps / UPDATES_PER_EPOCH))
         earlier, last = self.counts_of([t * 999 / 1000 for t in pruned]), self.counts_of(pruned)
         params, whole = self.start(levels), keep_all(self.params, levels)
-        within = {g: update(g, params, whole, counts) for g, counts in earlier.items()}
+        update = self.programs.select_within
+        within = {g: update[g](params, whole, counts)[0] for g, counts in earlier.items()}
         updates: dict[Granularity, list[float]] = {g: [] for g in config.METHODS}
 
         def ours() -> float:
             params, seconds = clock(self.train, within["weight"], steps)
             for g in updates:
-                updates[g].append(clock(update, g, params, within[g], last[g])[1])
+                updates[g].append(update[g](params, within[g], last[g])[1])
             return seconds
 
         flop = 2 * levels * steps * BATCH_SIZE * macs(self.sizes, training=True)
@@ -271,11 +261,6 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
 
 
-def cores() -> int:
-    """Return how many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def run(
     loaded: data.Data, python: str | None, *, rounds: int = 5,
     hidden_sizes: Sequence[int] = (1000, 1000, 500, 200), matmul_size: int = 2000,
@@ -283,6 +268,7 @@ def run(
     """Measure everything, print it, and return all numbers."""
     load = os.getloadavg()[0]
     versions = {module.__name__: module.__version__ for module in (jax, optax, np)}
+    versions["python"] = sys.version.split()[0]
     bench = Benchmark(jax.tree.map(jnp.asarray, loaded), rounds, hidden_sizes, matmul_size)
     with torch_worker(python, bench.torch_inputs()) if python else contextlib.nullcontext() as ask:
         versions |= ask("version") if ask else {}
@@ -292,8 +278,7 @@ def run(
     bench.measure_masked_training()
     info = Path("/proc/cpuinfo")
     found = re.findall("model name.*: (.*)", info.read_text()) if info.exists() else []
-    device = f"{cores()} cores of {(found or ['?'])[0]}, load {load:.1f} at the start"
-    versions["python"] = platform.python_version()
+    device = f"{CORES} cores of {(found or ['?'])[0]}, load {load:.1f} at the start"
     print(device, ", ".join(f"{name} {number}" for name, number in versions.items()), sep="\n")
     print(f"{'-'.join(map(str, bench.sizes))}; medians (ranges) of {rounds} rounds, each a ratio\n")
     print(table(bench.rows))

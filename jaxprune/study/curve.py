@@ -23,7 +23,7 @@ def prune_curve(
     apply: Apply,
     params: Params,
     data: Data,
-    levels: Sequence[float] = config.LEVELS,
+    levels: Sequence[int | float] = config.LEVELS,
     *,
     methods: Sequence[Granularity] = config.METHODS,
     scores: Callable[[Params], Scores] = magnitude,

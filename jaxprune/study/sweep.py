@@ -64,7 +64,7 @@ def run_sweep(
     data: Data,
     *,
     seeds: int = 1,
-    levels: Sequence[float] = config.LEVELS,
+    levels: Sequence[int | float] = config.LEVELS,
     epochs: int = 2,
     methods: Sequence[Granularity] = config.METHODS,
     protocols: Sequence[str] = config.PROTOCOLS,
