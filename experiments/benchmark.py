@@ -284,6 +284,8 @@ def run(
     print(table(bench.rows))
     every = [rate for row in bench.rows for rate in row.rates]
     print(f"\nmatmul, float32 {matmul_size}^3: {spread(every, 'GFLOP/s')} in all")
+    if min(every) < 0.8 * max(every):  # PyTorch's threads spin where others take their cores
+        print("the machine was not idle: do not rely on this, least of all beside PyTorch")
     if python is None:
         print("-: PyTorch was not measured; `make benchmark` does, or --torch PYTHON that has it")
     return {"device": device, "versions": versions, "rows": [row._asdict() for row in bench.rows]}

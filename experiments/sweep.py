@@ -3,6 +3,7 @@
 Usage: python experiments/sweep.py --preset quick
 """
 
+import os
 import sys
 import time
 import warnings
@@ -26,7 +27,9 @@ def main() -> None:
         config = tyro.cli(Config, description=__doc__)
         run(config)
     except KeyboardInterrupt:
-        stop(130, "stopped; the same command goes on from the last finished epoch")
+        print("sweep.py: stopped; the same command goes on from the last finished epoch",
+              file=sys.stderr, flush=True)  # fmt: skip
+        os._exit(130)  # threads of a checkpoint's half-done writing would complain at a usual exit
     except TrainingDiverged as error:
         stop(1, f"{error}; the rows before it are kept")
     except (ValueError, OSError) as error:

@@ -745,20 +745,23 @@ def test_the_command_killed_at_ten_random_moments(fashion_mnist, tmp_path):
     expected = jp.load_run(tmp_path / "whole").rows
     assert len(expected) == 2 * 2 * 4 * 3
     kills = 0
-    for run in itertools.count():
-        status = None
-        while status is None:
-            process = command(tmp_path / f"{run}")
+    for run in itertools.count():  # as many runs as it takes
+        before = kills
+        while True:
+            started, process = time.monotonic(), command(tmp_path / f"{run}")
             try:
                 status = process.wait(random.uniform(0, duration) if kills < 10 else 600)
+                break
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
                 kills += 1
         assert status == 0, errors.read_text()
         assert_same_rows(jp.load_run(tmp_path / f"{run}").rows, expected)
-        if kills >= 10:  # in as many runs as it took
-            break
+        if kills >= 10:
+            return
+        if kills == before:  # it ended too soon to be killed
+            duration = min(duration, time.monotonic() - started)
 
 
 def main(folder, seconds):

@@ -59,7 +59,9 @@ def test_a_run_prints_its_table_and_leaves_rows_figures_and_networks(finished):
     assert "trained (magnitude, layer), epoch 2, one seed" in done.stdout
     assert str(run_dir) in done.stdout and "Traceback" not in done.stderr
     names = {path.name for path in run_dir.iterdir()}
-    assert names == {"config.json", "results.jsonl", "results.csv", "figures", "checkpoints"}
+    assert names == {
+        "config.json", "results.jsonl", "results.csv", "figures", "checkpoints", "lock",
+    }  # fmt: skip
     figures = {path.stem for path in (run_dir / "figures").glob("*.png")}
     assert figures == {path.stem for path in (run_dir / "figures").glob("*.svg")}
     assert figures == {

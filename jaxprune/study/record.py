@@ -57,16 +57,23 @@ class Record:
         }  # fmt: skip
         if folder is None:
             return
-        old = folder / "config.json"
         foreign = folder.exists() and any(path.name not in _FIRST for path in folder.iterdir())
-        if foreign and not old.exists():
+        if foreign and not (folder / "config.json").exists():
             raise ValueError(f"{folder} is not empty and holds no run: give another --run-dir")
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(folder / "lock")  # until this process ends
-        if old.exists():
-            self._adopt(results.read_config(old))
+        self._lock = _lock(folder / "lock")
+        try:
+            self._read(folder)
+        except BaseException:
+            self.close()
+            raise
+
+    def _read(self, folder: Path) -> None:
+        """Read what is there, and mend what a kill left half done."""
+        if (folder / "config.json").exists():
+            self._adopt(results.read_config(folder / "config.json"))
         self.save_config()
-        for path in (folder / "checkpoints").glob("*/*.tmp"):  # what a kill left half done
+        for path in (folder / "checkpoints").glob("*/*.tmp"):
             shutil.rmtree(path, ignore_errors=True)
         log = folder / "results.jsonl"
         if log.exists():
@@ -235,6 +242,7 @@ def _lock(path: Path) -> IO[str]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            file.close()
             raise ValueError(f"{path.parent} is being written by another process") from None
     return file
 
