@@ -157,7 +157,12 @@ def speed_table(timed: dict) -> str:
         [
             f"{timed['device']}; {versions}. A float32 matmul of 2000³ ran at "
             f"{median(rates) / 1e9:.0f} GFLOP/s ({min(rates) / 1e9:.0f}–{max(rates) / 1e9:.0f}) in "
-            "the same run.",
+            "the same run."
+            + (
+                " **The machine was not idle: these figures are provisional.**"
+                if min(rates) < 0.8 * max(rates)
+                else ""
+            ),
             "",
             *lines,
         ]
