@@ -4,6 +4,8 @@ Flat scores and counts come in, masks of what is kept go out; `masks` gives them
 A count is a value, not a constant of the program, so levels, seeds and criteria can be vmapped.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -78,38 +80,66 @@ def _by_histograms(bits: Array, counts: Array) -> Array:
     (size,), (levels,) = bits.shape, counts.shape
     index = jnp.arange(size, dtype=jnp.uint32)
     high_index = -(-size // (1 << _INDEX_BITS))
-    digits = [
-        (bits >> 21, 1 << 11),
-        ((bits >> 10) & 0x7FF, 1 << 11),
-        (bits & 0x3FF, 1 << 10),
-        (index >> _INDEX_BITS, high_index),
-        (index & ((1 << _INDEX_BITS) - 1), 1 << _INDEX_BITS),
-    ]
-    rank = jnp.maximum(counts - 1, 0)  # among the elements of the level's slot
-    slot_of_level = jnp.zeros(levels, jnp.int32)
-    slot = jnp.zeros(size, jnp.int32)  # of each element; `levels` where it is in no level's
-    found = []
-    for digit, width in digits:
-        digit = digit.astype(jnp.int32)
-        cell = slot * width + digit
-        histogram = jnp.zeros((levels + 1) * width, jnp.int32).at[cell].add(
-            1, mode="promise_in_bounds")  # fmt: skip
-        below = jnp.cumsum(histogram.reshape(levels + 1, width), axis=1)[slot_of_level]
-        chosen = jax.vmap(lambda b, r: jnp.searchsorted(b, r, side="right"))(below, rank)
-        chosen = chosen.astype(jnp.int32)
-        before = jnp.take_along_axis(below, jnp.maximum(chosen - 1, 0)[:, None], axis=1)[:, 0]
-        rank = rank - jnp.where(chosen > 0, before, 0)
-        cell_of_level = slot_of_level * width + chosen
-        # Levels that share a cell share the slot of the first of them.
-        slots = jnp.full((levels + 1) * width, levels, jnp.int32)
-        slots = slots.at[cell_of_level].min(jnp.arange(levels, dtype=jnp.int32))
-        slot_of_level, slot = slots[cell_of_level], slots[cell]
-        found.append(chosen.astype(jnp.uint32))
-    threshold = (found[0] << 21) | (found[1] << 10) | found[2]
-    last = (found[3] << _INDEX_BITS) | found[4]
+    search = _Search(
+        slot=jnp.zeros(size, jnp.int32),
+        slot_of_level=jnp.zeros(levels, jnp.int32),
+        rank=jnp.maximum(counts - 1, 0),
+        equal=jnp.full(levels, size, jnp.int32),
+    )
+    high, search = _next_digit(search, bits >> 21, 1 << 11)
+    middle, search = _next_digit(search, (bits >> 10) & 0x7FF, 1 << 11)
+    low, search = _next_digit(search, bits & 0x3FF, 1 << 10)
+    threshold = (high << 21) | (middle << 10) | low
+
+    def last_index(search: _Search) -> Array:
+        high, search = _next_digit(search, index >> _INDEX_BITS, high_index)
+        low, _ = _next_digit(search, index & ((1 << _INDEX_BITS) - 1), 1 << _INDEX_BITS)
+        return (high << _INDEX_BITS) | low
+
+    # Where a level prunes all that equal its threshold, as it nearly always does, no index decides.
+    last = jax.lax.cond(
+        jnp.any(search.rank < search.equal - 1),
+        last_index,
+        lambda _: jnp.full(levels, size - 1, jnp.uint32),
+        search,
+    )
 
     def keep(count: Array, threshold: Array, last: Array) -> Array:
         pruned = (bits < threshold) | ((bits == threshold) & (index <= last))
         return ~pruned | (count == 0)
 
     return jax.vmap(keep)(counts, threshold, last)
+
+
+class _Search(NamedTuple):
+    """How far the last pruned elements of all levels are known."""
+
+    slot: Array  # (n,) of each element; `levels` where it is in no level's
+    slot_of_level: Array  # (levels,)
+    rank: Array  # (levels,) of the level's last pruned element within its slot
+    equal: Array  # (levels,) elements in the level's slot
+
+
+def _next_digit(search: _Search, digit: Array, width: int) -> tuple[Array, _Search]:
+    """Find the next digit, below `width`, of every level's last pruned element."""
+    (levels,) = search.rank.shape
+    digit = digit.astype(jnp.int32)
+    cell = search.slot * width + digit
+    histogram = jnp.zeros((levels + 1) * width, jnp.int32)
+    histogram = histogram.at[cell].add(1, mode="promise_in_bounds")
+    below = jnp.cumsum(histogram.reshape(levels + 1, width), axis=1)[search.slot_of_level]
+    chosen = jax.vmap(lambda b, r: jnp.searchsorted(b, r, side="right"))(below, search.rank)
+    chosen = chosen.astype(jnp.int32)
+    before = jnp.take_along_axis(below, jnp.maximum(chosen - 1, 0)[:, None], axis=1)[:, 0]
+    cell_of_level = search.slot_of_level * width + chosen
+    # Levels that share a cell share the slot of the first of them.
+    slots = jnp.full((levels + 1) * width, levels, jnp.int32)
+    slots = slots.at[cell_of_level].min(jnp.arange(levels, dtype=jnp.int32))
+    # A comparison costs less than a gather, and for one level it says the same.
+    slot = slots[cell] if levels != 1 else (cell != cell_of_level[0]).astype(jnp.int32)
+    return chosen.astype(jnp.uint32), _Search(
+        slot=slot,
+        slot_of_level=slots[cell_of_level],
+        rank=search.rank - jnp.where(chosen > 0, before, 0),
+        equal=histogram[cell_of_level],
+    )
