@@ -43,6 +43,15 @@ def evaluate_levels(
 
     Raises:
         ValueError: masks that do not match the params, or a batch size below 1.
+
+    Example:
+        >>> images = Split(np.eye(2, dtype=np.float32), np.arange(2, dtype=np.int32))
+        >>> masks = {"logits": jnp.stack([jnp.ones((2, 2), bool), jnp.zeros((2, 2), bool)])}
+        >>> found, _ = evaluate_levels(
+        ...     lambda p, x: x @ p["logits"], {"logits": jnp.eye(2)}, masks, Data(*[images] * 3)
+        ... )
+        >>> found.accuracy.tolist()
+        [1.0, 0.5]
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")

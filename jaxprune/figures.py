@@ -125,9 +125,11 @@ def epoch_training(rows: Sequence[Row], method: str, *, note: str = "") -> Figur
     for protocol, column in zip(protocols, axes.T, strict=True):
         drawn = [row for row in rows if row.protocol == protocol]
         span = _pruning_epochs(drawn) if protocol == "trained" else None
+        branch = span[0] if span else 0  # the levels are one network until then, drawn once
         for ax, metric in zip(column, ("accuracy", "loss"), strict=True):
             for i, level in enumerate(levels):
                 here = [row for row in drawn if row.target_sparsity == level]
+                here = [row for row in here if i == 0 or row.epoch >= branch]
                 _curve(ax, here, "epoch", metric, label=_percent(level), color=colors[i],
                        marker="os^Dvp"[i % 6], markersize=2.6)  # fmt: skip
             ax.set_xlabel("epochs trained")

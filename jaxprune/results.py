@@ -37,8 +37,10 @@ class Row:
     `remaining` are the weights left once pruned units are removed with their outgoing weights.
     Fractions are in [0, 1] and losses in nats. `signed_ece` is positive for the over-confident,
     `scaled_loss` the loss of logits / temperature, `churn` the share of predictions unlike those
-    of the dense network of the same seed and epoch. Seconds are a group's wall time divided by its
-    levels. None stands for what is not known or not defined.
+    of the dense network of the same seed and epoch. Seconds are of this epoch: the wall time of all
+    levels that ran together, divided by their number, without compilation; 0 in the rows of the
+    dense network, whose time all methods share (`config.json` has it). None stands for what is not
+    known or not defined.
     """
 
     protocol: str
@@ -261,6 +263,11 @@ def load_run(path: Path | str) -> Run:
 
     Raises:
         ValueError: it does not exist, or is not a run's.
+
+    Example:
+        >>> load_run("runs/none")
+        Traceback (most recent call last):
+        ValueError: runs/none is not a directory
     """
     path = Path(path)
     if not path.is_dir():

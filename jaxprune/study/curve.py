@@ -53,6 +53,20 @@ def prune_curve(
 
     Raises:
         ValueError: levels out of range, or parameters that cannot be pruned.
+
+    Example:
+        >>> from jaxprune.data import Split
+        >>> images = Split(np.eye(2, dtype=np.float32), np.arange(2, dtype=np.int32))
+        >>> params = {"hidden": jnp.diag(jnp.array([2.0, 1.0])), "logits": jnp.eye(2)}
+        >>> rows = prune_curve(
+        ...     lambda p, x: x @ p["hidden"] @ p["logits"],
+        ...     params,
+        ...     Data(images, images, images),
+        ...     levels=(0, 50),
+        ...     methods=("unit",),
+        ... )
+        >>> [(row.target_sparsity, row.accuracy) for row in rows]
+        [(0.0, 1.0), (0.5, 0.5)]
     """
     levels = tuple(map(float, levels))
     config.check_levels(levels)

@@ -115,6 +115,14 @@ def run_sweep(
         ValueError: a setting out of range, or a run directory made with other settings.
         config.TrainingDiverged: a loss is not finite; the rows before it are kept.
         OSError: the run directory cannot be written.
+
+    Example:
+        >>> from jaxprune import data, models
+        >>> init, apply = models.mlp(784, (100, 50), 10)
+        >>> fashion = data.load("fashion_mnist")
+        >>> rows = run_sweep(init, apply, fashion, levels=(0, 90), epochs=1, methods=("weight",))
+        >>> [(row.protocol, row.target_sparsity) for row in rows]
+        [('one_shot', 0.0), ('trained', 0.0), ('one_shot', 0.9), ('trained', 0.9)]
     """
     levels = tuple(map(float, levels))
     config.check_levels(levels)
