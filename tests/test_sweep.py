@@ -159,10 +159,13 @@ def test_a_loss_that_is_not_finite_exits_1_and_a_layer_pruned_whole_is_noted(dat
 
 def test_ctrl_c_exits_130_and_the_same_command_goes_on(dataset, tmp_path):
     flags = ["--dataset", dataset, "--run-dir", tmp_path / "run", *SMALL, "--epochs", 400]
+    # What a shell starts in the background ignores Ctrl-C, and so would what the tests start.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [sys.executable, SWEEP, *map(str, flags)], env=environment(), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
+    signal.signal(signal.SIGINT, handler)
     log = tmp_path / "run" / "results.jsonl"
     deadline = time.monotonic() + 120
     while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
