@@ -38,13 +38,20 @@ def main() -> None:
 
 def run(config: Config) -> None:
     """Run the study, or go on with it; then print its table and draw its figures."""
-    import optax  # after the flags are parsed, so that --help is quick
+    import jax  # after the flags are parsed, so that --help is quick
+    import optax
 
     from jaxprune import data, figures, models, results
     from jaxprune.study import run_sweep
 
     assert config.seeds is not None and config.epochs is not None and config.run_dir is not None
     started = time.perf_counter()
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"JAX finds no device ({error or 'JAX_PLATFORMS names one that is missing'})"
+        ) from error
     loaded = data.load(config.dataset, data_dir=config.data_dir)
     classes = int(loaded.train.y.max()) + 1
     init, apply = models.mlp(loaded.train.x.shape[1], config.hidden_sizes, classes)

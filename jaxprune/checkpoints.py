@@ -11,6 +11,7 @@ final name is complete. An item is stored as a flat dict from paths such as `hid
 arrays, so that containers, empty ones too, come back as they were.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -57,6 +58,7 @@ def save(path: Path, /, **items: PyTree) -> None:
         FileExistsError: `path` exists; `remove` it first.
         ValueError: an item's name is no identifier, or a key in it is empty or has a slash.
         TypeError: a leaf is not an array of numbers or bools.
+        OSError: it cannot be written, such as for want of space.
     """
     if path.exists():
         raise FileExistsError(f"{path} exists: remove it before saving another checkpoint there")
@@ -65,6 +67,11 @@ def save(path: Path, /, **items: PyTree) -> None:
     staged = _staged(path)
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
+    size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(items))
+    if size > (free := shutil.disk_usage(staged).free):
+        # Found out before Orbax starts, whose threads print tracebacks where they cannot write.
+        shutil.rmtree(staged)
+        raise OSError(errno.ENOSPC, f"a checkpoint of {size:,} bytes has {free:,} left", str(path))
     _write_manifest(staged, {name: _save_item(staged / name, item) for name, item in items.items()})
     staged.rename(path)
     _sync(path.parent)
@@ -196,7 +203,10 @@ def _save_item(path: Path, item: PyTree) -> dict[str, Any]:
     # Orbax takes neither an empty array nor a tree without leaves: the manifest alone holds those.
     if stored := {key: array for key, array in leaves if array.size}:
         with _context():
-            ocp.save(str(path.absolute()), stored)
+            try:
+                ocp.save(str(path.absolute()), stored)
+            except ValueError as error:  # TensorStore's, a page long
+                raise OSError(errno.EIO, "a checkpoint cannot be written", str(path)) from error
         for made in (path, *path.rglob("*")):
             _sync(made)
     files = sorted(file for file in path.rglob("*") if file.is_file())

@@ -78,10 +78,8 @@ class Config:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         if self.run_dir is None:
-            dataset = self.dataset
-            if dataset.startswith("idx:"):
-                dataset = Path(dataset.removeprefix("idx:")).resolve().name
-            object.__setattr__(self, "run_dir", Path("runs") / f"{dataset}-{self.preset}")
+            run_dir = Path("runs") / f"{self._dataset_name()}-{self.preset}"
+            object.__setattr__(self, "run_dir", run_dir)
         if not (self.dataset in ("fashion_mnist", "mnist") or self.dataset.startswith("idx:")):
             raise ValueError(
                 f"dataset must be fashion_mnist, mnist or idx:FOLDER, got {self.dataset!r}"
@@ -100,17 +98,16 @@ class Config:
             raise ValueError(f"learning_rate must be positive and finite, got {self.learning_rate}")
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings that change results, as plain JSON values.
+        """Return, as plain JSON values, what changes results and `run_sweep` does not see."""
+        return {
+            "dataset": self._dataset_name(),
+            "learning_rate": self.learning_rate,
+            "hidden_sizes": list(self.hidden_sizes),
+        }
 
-        The number of seeds is not among them (a run may be given more), nor is where the data
-        and the run are kept.
-        """
-        names = (
-            "dataset", "levels", "epochs", "methods", "protocols", "batch_size", "learning_rate",
-            "hidden_sizes",
-        )  # fmt: skip
-        values = {name: getattr(self, name) for name in names}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    def _dataset_name(self) -> str:
+        """Return the data set without the place where it is kept; its digest is compared too."""
+        return Path(self.dataset.removeprefix("idx:")).resolve().name
 
 
 def check_levels(levels: tuple[float, ...]) -> None:

@@ -155,12 +155,16 @@ def apply_masks(params: Params, masks: Masks) -> Params:
 
     Raises:
         ValueError: the trees or a leaf's shapes differ; names the leaf.
+        TypeError: a mask is not bool; names the leaf.
 
     Example:
         >>> apply_masks([jnp.array([1.0, jnp.nan])], [jnp.array([True, False])])[0].tolist()
         [1.0, 0.0]
     """
     trees.check_match("masks", masks, "params", params)
+    for path, mask in trees.paths_and_leaves(masks):
+        if not jnp.issubdtype(jnp.result_type(mask), jnp.bool_):
+            raise TypeError(f"mask {path!r} must be bool, got {jnp.result_type(mask)}")
     return jax.tree.map(
         # A leaf that cannot be pruned may have no zero (a random key), nor need one.
         lambda w, m: jnp.where(m, w, jnp.zeros_like(w)) if _has_zero(w) else w,

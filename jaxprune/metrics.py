@@ -66,7 +66,11 @@ def batch_sums(logits: Array, labels: Array, weight: Array, temperature: Array) 
         loss=total(cross_entropy(logits, labels)),
         scaled_loss=total(cross_entropy(logits / temperature, labels)),
         bin_correct=correct @ in_bin,
-        bin_confidence=jnp.where(weight > 0, confidence, 0.0) @ in_bin.astype(confidence.dtype),
+        bin_confidence=jnp.matmul(
+            jnp.where(weight > 0, confidence, 0.0),
+            in_bin.astype(confidence.dtype),
+            precision="highest",  # a GPU would round what it multiplies
+        ),
         class_count=weight @ in_class,
         class_correct=correct @ in_class,
     )

@@ -11,6 +11,7 @@ A run directory holds `config.json`, `results.jsonl`, `results.csv`, `figures/` 
 leading axis over the levels other than 0, in the order of the config.
 """
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -38,9 +39,9 @@ class Row:
     Fractions are in [0, 1] and losses in nats. `signed_ece` is positive for the over-confident,
     `scaled_loss` the loss of logits / temperature, `churn` the share of predictions unlike those
     of the dense network of the same seed and epoch. Seconds are of this epoch: the wall time of all
-    levels that ran together, divided by their number, without compilation; 0 in the rows of the
-    dense network, whose time all methods share (`config.json` has it). None stands for what is not
-    known or not defined.
+    levels that ran together, divided by their number, in a sweep without compilation; 0 in rows of
+    the dense network, whose time all methods share (`config.json` has it). None stands for what is
+    not known or not defined.
     """
 
     protocol: str
@@ -159,12 +160,11 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is not JSON, or holds no `settings`.
     """
-    try:
+    with contextlib.suppress(ValueError):
         config = json.loads(path.read_bytes())
-        config["settings"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not the config of a run") from error
-    return config
+        if isinstance(config, dict) and isinstance(config.get("settings"), dict):
+            return config
+    raise ValueError(f"{path} is not the config of a run")
 
 
 def compare_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -253,6 +253,8 @@ class Run:
         from jaxprune import checkpoints
 
         path = self.path / "checkpoints" / group / f"{self.config['settings']['epochs']:04d}"
+        if not (self.path / "checkpoints").is_dir():
+            raise ValueError(f"{self.path} holds rows alone: checkpoints stay in the run directory")
         if not path.is_dir():
             raise ValueError(f"{path} does not exist: the run is not finished")
         return checkpoints.load(path, item)

@@ -110,6 +110,8 @@ def exact(sparsity: Any) -> Fraction:
             "sparsity is traced; counts are made of concrete numbers: call `counts` outside of "
             "jit and pass its counts to `masks_at`, which can be traced"
         )
+    if isinstance(sparsity, str):
+        raise TypeError(f"sparsity must be a number in [0, 1], got {sparsity!r}")
     if isinstance(sparsity, Fraction):
         value = sparsity
     else:

@@ -332,6 +332,24 @@ def test_killed_at_any_moment(tmp_path):
     assert set(checkpoints.load(path, "params").tolist()) == {int(path.name)}
 
 
+def test_a_full_disk_is_found_before_anything_is_written(path, monkeypatch, capfd):
+    usage = shutil.disk_usage(path)._replace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OSError, match="800 bytes has 100 left.*0002"):
+        checkpoints.save(path.with_name("0002"), item=[np.ones(100)])
+    assert os.listdir(path.parent) == ["0001"] and capfd.readouterr() == ("", "")
+
+
+def test_a_failed_write_is_told_in_a_line(path, monkeypatch):
+    def fail(*_):
+        raise ValueError("OUT_OF_RANGE: a page of TensorStore's")
+
+    monkeypatch.setattr(checkpoints.ocp, "save", fail)
+    with pytest.raises(OSError, match="a checkpoint cannot be written: .*0002"):
+        checkpoints.save(path.with_name("0002"), item=np.ones(2))
+    assert not path.with_name("0002").exists()
+
+
 def test_orbax_is_silent(path, caplog):
     checkpoints.save(path.with_name("0002"), item=[np.ones(2), jnp.ones(2)])
     checkpoints.load(path.with_name("0002"), "item")

@@ -620,6 +620,11 @@ def as_numpy_floats(tree):
     }
 
 
+def test_apply_masks_refuses_numbers_as_masks():
+    with pytest.raises(TypeError, match="mask 'a' must be bool, got float32"):
+        masks.apply_masks({"a": jnp.ones(2)}, {"a": jnp.array([0.5, 0.0])})
+
+
 def test_apply_masks_passes_keys():
     params = {"key": jax.random.key(0), "w": jnp.ones(2)}
     got = masks.apply_masks(params, {"key": jnp.array(True), "w": jnp.array([True, False])})

@@ -106,6 +106,7 @@ BAD = [
     (True, ValueError, "must be a number"),
     (None, TypeError, r"sparsity must be a number in \[0, 1\], got None"),
     ("half", TypeError, "must be a number"),
+    ("0.5", TypeError, "must be a number"),
     (0.5j, TypeError, "must be a number"),
 ]
 

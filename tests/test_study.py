@@ -391,7 +391,7 @@ def test_a_finished_run_computes_nothing(full, monkeypatch):
                         note=notes.append, **SETTINGS)  # fmt: skip
     assert rows == expected
     # Fewer seeds than are there take nothing away.
-    assert sweep(folder, seeds=1) == pick(expected, seed=0)
+    assert sweep(folder, seeds=1) == expected
     assert (reports, notes, traced.times) == ([], [], 0)
     assert ((folder / "results.jsonl").read_bytes(), checkpoints_of(folder)) == before
     assert results.read_config(folder / "config.json")["seeds"] == 2
@@ -433,6 +433,9 @@ def test_a_corrupt_checkpoint_is_noted_and_computed_again(full, tmp_path, name, 
     rows = sweep(copy, seeds=2, note=notes.append)
     assert "is corrupt" in notes[0] and name in notes[0] and instead in notes[0]
     assert_same_rows(rows, expected)
+    keys = ("seed", "protocol", "method", "epoch", "target_sparsity")
+    order = [[getattr(row, key) for key in keys] for row in rows]
+    assert order == [[getattr(row, key) for key in keys] for row in expected]
     assert_same_rows(results.read_rows(copy / "results.jsonl"), expected)
     checkpoints.verify(copy / "checkpoints" / name)
 

@@ -31,7 +31,7 @@ class Record:
         folder: Path | None,
         settings: dict[str, Any],
         seeds: int,
-        groups: Sequence[str],
+        groups_of: Callable[[int], Sequence[str]],
         group_of: Callable[[Row], str],
         note: Callable[[str], None],
     ):
@@ -41,7 +41,7 @@ class Record:
             folder: the run directory; None keeps everything in memory.
             settings: what must be the same when a run goes on.
             seeds: how many; a run may be given more.
-            groups: names of all groups, in the order they run in.
+            groups_of: names the groups of a seed, in the order they run in.
             group_of: names the group that writes a row.
             note: told what is out of the ordinary.
 
@@ -49,7 +49,7 @@ class Record:
             ValueError: it holds a run with other settings, is none of ours, or is being written.
             OSError: it cannot be written.
         """
-        self.folder, self.groups, self.group_of, self.note = folder, groups, group_of, note
+        self.folder, self.groups_of, self.group_of, self.note = folder, groups_of, group_of, note
         self.rows: list[Row] = []
         self.now = _surroundings()
         self.config: dict[str, Any] = {
@@ -67,6 +67,11 @@ class Record:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def groups(self) -> list[str]:
+        """The names of all groups, in the order they run in."""
+        return [name for seed in range(self.config["seeds"]) for name in self.groups_of(seed)]
 
     def _read(self, folder: Path) -> None:
         """Read what is there, and mend what a kill left half done."""
@@ -119,9 +124,12 @@ class Record:
             expected: how many rows it writes after an epoch.
         """
         epochs = self.config["settings"]["epochs"]
-        epoch = self._newest(group, final)
+        epoch, corrupt = self._newest(group, final)
         if epoch < epochs:
-            epoch = self._newest(group, state)
+            epoch, more = self._newest(group, state)
+            corrupt += more
+        for error in corrupt:
+            self.note(f"{error}; using {f'epoch {epoch}' if epoch else 'none'} instead")
         written = Counter(row.epoch for row in self.rows if self.group_of(row) == group)
         if any(written[e] != expected(e) for e in range(1, epoch + 1)):
             self.note(f"results.jsonl lacks rows of {group}: starting it again")
@@ -185,9 +193,10 @@ class Record:
             else:
                 checkpoints.remove(path)
 
-    def finish(self, seeds: int) -> list[Row]:
-        """Return the rows of these seeds, and write them as `results.csv`."""
-        rows = [row for row in self.rows if row.seed < seeds]
+    def finish(self) -> list[Row]:
+        """Return all rows in the order of an undisturbed run, and write them as `results.csv`."""
+        place = {name: i for i, name in enumerate(self.groups)}
+        rows = sorted(self.rows, key=lambda row: (place[self.group_of(row)], row.epoch))
         if self.folder is not None:
             results.write_csv(self.folder / "results.csv", rows)
             self.save_config()
@@ -212,14 +221,16 @@ class Record:
             self.note(str(error))
             return False
 
-    def _newest(self, group: str, items: set[str]) -> int:
+    def _newest(
+        self, group: str, items: set[str]
+    ) -> tuple[int, list[checkpoints.CorruptCheckpoint]]:
+        """Return the epoch of the newest good checkpoint, and the newer ones, which are removed."""
         if self.folder is None:
-            return 0
+            return 0, []
         path, corrupt = checkpoints.newest(self._path(group, 0).parent, *items)
         for error in corrupt:
-            self.note(f"{error}; using {f'epoch {int(path.name)}' if path else 'none'} instead")
             checkpoints.remove(error.path)
-        return int(path.name) if path else 0
+        return int(path.name) if path else 0, list(corrupt)
 
     def _path(self, group: str, epoch: int) -> Path:
         if self.folder is None:

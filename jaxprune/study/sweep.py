@@ -155,7 +155,7 @@ def run_sweep(
             "data_sha256": digest(data), **(settings or {}),
         },
         seeds,
-        [name for n in range(seeds) for name in (_dense(n), *(_trained(m, n) for m in methods))],
+        lambda seed: [_dense(seed), *(_trained(method, seed) for method in methods)],
         group_of, note or (lambda _: None),
     )  # fmt: skip
     with contextlib.closing(record):
@@ -165,7 +165,7 @@ def run_sweep(
             levels=levels, epochs=epochs, methods=tuple(methods), protocols=tuple(protocols),
             batch_size=batch_size, scope=scope, prunable=prunable, remaining=remaining,
         ).run(seeds)  # fmt: skip
-        return record.finish(seeds)
+        return record.finish()
 
 
 class _Sweep:
