@@ -15,7 +15,7 @@ from jaxprune import trees
 from jaxprune.structure import axes as ax
 from jaxprune.structure.exact import Facts, nothing, zeros_at
 from jaxprune.structure.express import Keep, evaluate, kept_shape
-from jaxprune.structure.graph import Program, dependency_graph, trace_program
+from jaxprune.structure.graph import Program, groups_of, trace_program
 from jaxprune.types import Apply, Masks, Params
 
 
@@ -35,25 +35,24 @@ class Compaction:
         self._programs: dict[Any, tuple[Program, Keep]] = {}
         self._shapes = {path: jnp.shape(leaf) for path, leaf in trees.paths_and_leaves(params)}
         program = trace_program(apply, params, x)
+        groups = groups_of(program)
         keep, emptied = _removable(program, self._masks)
+        for atom in emptied:
+            warnings.warn(
+                f"every unit of {groups[atom].name!r} is without effect; one is kept, as zeros",
+                stacklevel=4,
+            )
         self._kept = {
             path: tuple(ax.kept(axis, keep) for axis in axes)
             for path, axes in zip(program.paths, program.axes, strict=True)
         }
         self.widths = {
-            group.name: (group.size, self._width(group.members[0]))
-            for group in dependency_graph(apply, params, x).groups
+            group.name: (group.size, int(np.count_nonzero(keep.get(atom, np.ones(group.size)))))
+            for atom, group in groups.items()
         }
-        for name in emptied:
-            warnings.warn(
-                f"every unit of {name!r} is without effect; one is kept, as zeros", stacklevel=4
-            )
-        self.params = self.shrink(
-            jax.tree.unflatten(
-                self._tree,
-                [_masked(leaf, m) for leaf, m in zip(jax.tree.leaves(params), self._masks, strict=True)],
-            )
-        )
+        pairs = zip(jax.tree.leaves(params), self._masks, strict=True)
+        masked = [_masked(leaf, mask) for leaf, mask in pairs]
+        self.params = self.shrink(jax.tree.unflatten(self._tree, masked))
 
     def apply(self, params: Params, x: Any) -> Any:
         """Return what the masked network returns, of parameters of the smaller shapes.
@@ -130,11 +129,6 @@ class Compaction:
             for n, kept in zip(self._shapes[path], self._kept[path], strict=True)
         )
 
-    def _width(self, member: Any) -> int:
-        kept = self._kept[member.path][member.axis]
-        index = member.index if kept is None else member.index[kept]
-        return np.unique(index[index >= 0]).size
-
     def _program(self, dtypes: tuple[Any, ...], x: Any) -> tuple[Program, Keep]:
         """Trace at a new shape, and find that the same units can be removed there."""
         abstract = [
@@ -199,8 +193,8 @@ def compact(apply: Apply, params: Params, masks: Masks, x: Any) -> tuple[Params,
 
 def _removable(
     program: Program, masks: list[np.ndarray], within: list[Any] | None = None
-) -> tuple[Keep, list[str]]:
-    """Return the kept units of the atoms that lose some, and the leaves whose units all went.
+) -> tuple[Keep, list[ax.Atom]]:
+    """Return the kept units of the atoms that lose some, and the atoms that would lose all.
 
     Units go in rounds, since one that is gone may have been all that another entered or left.
     """
@@ -215,7 +209,7 @@ def _removable(
                 gone[index[(index >= 0) & positions]] = False
             allowed[atom] = allowed.get(atom, True) & gone
     emptied: dict[ax.Atom, None] = {}
-    of_leaves = {atom: program.paths[leaf] for leaf, _, atom, _ in program.occurrences()}
+    of_leaves = {atom for _, _, atom, _ in program.occurrences()}
     while True:
         facts = [
             _of_masks(mask, axes, leaf.dtype, keep)
@@ -237,7 +231,7 @@ def _removable(
             keep[atom], changed = new, True
         if not changed:
             break
-    return keep, [of_leaves[atom] for atom in emptied]
+    return keep, list(emptied)
 
 
 def _of_masks(mask: np.ndarray, axes: ax.Axes, dtype: Any, keep: Keep) -> Facts:
@@ -262,4 +256,4 @@ def _masked(leaf: Any, mask: np.ndarray) -> Any:
 
 
 def _is_key(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.extended)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
@@ -102,7 +103,7 @@ def interpret(node: Node, inputs: Sequence[Facts], sites: Sites) -> list[Facts]:
 
 def _constant(value: Any) -> Facts:
     shape = np.shape(value)
-    if jax.dtypes.issubdtype(getattr(value, "dtype", np.int32), jax.dtypes.extended):
+    if jnp.issubdtype(getattr(value, "dtype", np.int32), jax.dtypes.extended):
         return nothing(len(shape))
     value = np.asarray(value)
     uniform = value.size and bool((value == value.flat[0]).all())
@@ -391,7 +392,7 @@ _NEUTRAL: dict[str, Callable[[Any], Any]] = {
 
 
 def _lowest(dtype: Any) -> Any:
-    floating = jax.dtypes.issubdtype(dtype, np.floating)
+    floating = jnp.issubdtype(dtype, np.floating)
     return -np.inf if floating else None
 
 
@@ -478,7 +479,7 @@ def _program(eqn: Any, node: Node, i: int, ins: list[Facts], sites: Sites) -> li
         tangents = [
             _tangent(facts, x.aval.dtype)
             for facts, x in zip(ins, eqn.invars, strict=True)
-            if jax.dtypes.issubdtype(x.aval.dtype, np.inexact)
+            if jnp.issubdtype(x.aval.dtype, np.inexact)
         ]
         interpret(inner[1], [*ins, *tangents], sites)
     return outs
@@ -491,14 +492,13 @@ def _tangent(facts: Facts, dtype: Any) -> Facts:
 
 def _scan(eqn: Any, body: Node, ins: list[Facts], sites: Sites) -> list[Facts]:
     consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
-    shapes = [x.aval.shape for x in body.jaxpr.invars]
+    invars: list[Any] = body.jaxpr.invars
+    shapes = [x.aval.shape for x in invars]
     carry = ins[consts : consts + carries]
     steps = [Facts(facts.axes[1:], facts.whole) for facts in ins[consts + carries :]]
     while True:  # less is known of the carry from step to step, until it stays
         outs = interpret(body, [*ins[:consts], *carry, *steps], sites)
-        after = [
-            _meet(a, b, s) for a, b, s in zip(carry, outs, shapes[consts:], strict=False)
-        ]
+        after = [_meet(a, b, s) for a, b, s in zip(carry, outs, shapes[consts:], strict=False)]
         if all(_as_much(a, b) for a, b in zip(carry, after, strict=True)):
             break
         carry = after

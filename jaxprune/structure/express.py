@@ -143,9 +143,7 @@ _PARAMS: dict[str, Callable[[_Call, list[Any]], dict[str, Any]]] = {
     "broadcast_in_dim": lambda call, values: {"shape": call.shape()},
     "reshape": lambda call, values: {"new_sizes": call.shape()},
     "split": lambda call, values: {
-        "sizes": tuple(
-            call.shape(k)[call.eqn.params["axis"]] for k in range(len(call.eqn.outvars))
-        )
+        "sizes": tuple(call.shape(k)[call.eqn.params["axis"]] for k in range(len(call.eqn.outvars)))
     },
     "slice": _slice,
     "dynamic_slice": _slice_sizes,

@@ -17,7 +17,7 @@ from jaxprune import trees
 from jaxprune.structure import axes as ax
 from jaxprune.structure.axes import Atom, Axes
 from jaxprune.structure.exact import Facts, Sites, interpret, nothing, zeros_at
-from jaxprune.structure.trace import Node, Uses, follow
+from jaxprune.structure.trace import KERNEL_WINDOW, Node, Uses, follow
 from jaxprune.types import Apply, Params
 
 
@@ -84,7 +84,7 @@ class Graph:
     """What must shrink together; `print` shows a table.
 
     Attributes:
-        groups: all that some leaf produces or consumes, in the order of the leaves.
+        groups: of all axes but the windows of convolutions, in the order of the leaves.
         shapes: the shapes of the leaves, by path.
     """
 
@@ -125,7 +125,7 @@ class Program:
 
     def interpret(self, leaves: list[Facts]) -> Sites:
         """Return what is seen at the sites, from what is known of the leaves."""
-        rest = self.node.jaxpr.invars[len(leaves) :]
+        rest: list[Any] = self.node.jaxpr.invars[len(leaves) :]
         sites = Sites()
         interpret(self.node, [*leaves, *(nothing(len(x.aval.shape)) for x in rest)], sites)
         return sites
@@ -179,6 +179,12 @@ def dependency_graph(apply: Apply, params: Params, x: Any) -> Graph:
           logits axis 0: consumes
     """
     program = trace_program(apply, params, x)
+    shapes = {p: leaf.shape for p, leaf in zip(program.paths, program.leaves, strict=True)}
+    return Graph(tuple(groups_of(program).values()), shapes)
+
+
+def groups_of(program: Program) -> dict[Atom, Group]:
+    """Return the groups of a traced network, in the order of the leaves."""
     roles: dict[tuple[int, Atom], set[str]] = {}
     for leaves, axis, role in program.uses.found:
         for leaf in leaves:
@@ -189,14 +195,12 @@ def dependency_graph(apply: Apply, params: Params, x: Any) -> Graph:
         role = " and ".join(sorted(roles.get((leaf, atom), ()), reverse=True)) or "with"
         member = Member(program.paths[leaf], axis, index, role)
         members.setdefault(atom, []).append((leaf, member))
-    members = {
-        atom: found for atom, found in members.items() if any(m.role != "with" for _, m in found)
-    }
+    members = {a: found for a, found in members.items() if a.reason != KERNEL_WINDOW}
     reasons, masks_consumers = _prove(program, members)
     names = _names(members)
     ordered = sorted(members, key=lambda atom: _first(members[atom])[0])
-    groups = [
-        Group(
+    return {
+        atom: Group(
             names[atom],
             atom.size,
             tuple(member for _, member in members[atom]),
@@ -205,9 +209,7 @@ def dependency_graph(apply: Apply, params: Params, x: Any) -> Graph:
             next((names[a] for a in _outer(atom, members) if a not in reasons), None),
         )
         for atom in ordered
-    ]
-    shapes = {p: leaf.shape for p, leaf in zip(program.paths, program.leaves, strict=True)}
-    return Graph(tuple(groups), shapes)
+    }
 
 
 def _prove(
@@ -289,6 +291,6 @@ def _outer(atom: Atom, members: dict[Atom, list[tuple[int, Member]]]) -> list[At
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     if not hasattr(leaf, "dtype"):
         leaf = jnp.asarray(leaf)
-    extended = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
+    extended = jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
     dtype = leaf.dtype if extended else jax.dtypes.canonicalize_dtype(leaf.dtype)
     return jax.ShapeDtypeStruct(leaf.shape, dtype)

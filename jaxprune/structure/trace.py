@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
 
 from jaxprune.structure.axes import Axes, Axis, Product, Sum, freeze, fresh, reshape, split, unify
@@ -26,9 +27,7 @@ REDUCTIONS = frozenset(
     .split()
 )  # fmt: skip
 CUMULATIVE = frozenset("cumsum cumprod cummax cummin cumlogsumexp".split())
-WINDOWS = frozenset(
-    "reduce_window reduce_window_sum reduce_window_max reduce_window_min".split()
-)
+WINDOWS = frozenset("reduce_window reduce_window_sum reduce_window_max reduce_window_min".split())
 SOURCES = frozenset("iota random_bits".split())  # made whole, then cut to what is kept
 REMAT = frozenset("checkpoint remat remat2".split())
 CALLS = frozenset("jit pjit closed_call core_call".split())
@@ -51,7 +50,7 @@ class Node:
     axes: dict[Var, Axes]
     inner: dict[int, list["Node"]]
 
-    def of(self, x: Var | Literal) -> Axes:
+    def of(self, x: Any) -> Axes:
         """Return the axes of a variable, or of a literal."""
         return fresh_axes(x.aval.shape) if isinstance(x, Literal) else self.axes[x]
 
@@ -72,6 +71,7 @@ class Uses:
 
 
 NO_LEAVES: frozenset[int] = frozenset()
+KERNEL_WINDOW = "the window of a convolution"
 
 
 def fresh_axes(shape: Sequence[int]) -> Axes:
@@ -100,8 +100,8 @@ def follow(
     jaxpr = closed.jaxpr
     node = Node(jaxpr, closed.consts, {}, {})
     origins: dict[Var, frozenset[int]] = {}
-    for var in jaxpr.constvars:
-        node.axes[var] = fresh_axes(var.aval.shape)
+    consts = [fresh_axes(np.shape(const)) for const in closed.consts]
+    node.axes.update(zip(jaxpr.constvars, consts, strict=True))
     for var, axes, origin in zip(jaxpr.invars, inputs, leaves, strict=True):
         node.axes[var], origins[var] = axes, origin
     for i, eqn in enumerate(jaxpr.eqns):
@@ -142,7 +142,7 @@ def derivative_program(eqn: Any) -> tuple[Jaxpr, Sequence[Any], Sequence[bool]]:
     return eqn.params["jvp_jaxpr_fun"].call_wrapped(*(not inexact(x) for x in eqn.invars))
 
 
-def inexact(x: Var | Literal) -> bool:
+def inexact(x: Any) -> bool:
     """Tell whether a value has a derivative."""
     return jnp.issubdtype(x.aval.dtype, jnp.inexact)
 
@@ -228,7 +228,7 @@ def _conv(eqn: Any, ins: list[Axes]) -> list[Axes]:
     for axis in space:
         freeze(x[axis], "a window slides over it")
     for axis in window:
-        freeze(kernel[axis], "the window of a convolution")
+        freeze(kernel[axis], KERNEL_WINDOW)
     if groups == 1:
         unify(x[features], kernel[inputs])
     else:
@@ -256,7 +256,7 @@ def _concatenate(eqn: Any, ins: list[Axes]) -> list[Axes]:
 
 def _split(eqn: Any, ins: list[Axes]) -> list[Axes]:
     at = eqn.params["axis"]
-    pieces = split(ins[0][at], tuple(eqn.params["sizes"]))
+    pieces = split(ins[0][at], tuple(map(int, eqn.params["sizes"])))
     return [(*ins[0][:at], piece, *ins[0][at + 1 :]) for piece in pieces]
 
 

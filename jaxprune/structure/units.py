@@ -82,23 +82,18 @@ def group_masks(
         kept = [k.sum(1) for k in jnp.split(keep_largest(together, counts), ends, axis=1)]
     else:
         kept = [
-            jnp.array([group.size - num_pruned(group.size, s) for s in targets])
-            for group in groups
+            jnp.array([group.size - num_pruned(group.size, s) for s in targets]) for group in groups
         ]
     masks = {
         path: jnp.ones((len(targets), *jnp.shape(leaf)), bool)
         for path, leaf in trees.paths_and_leaves(params)
     }
-    floating = {
-        path for path, leaf in of_path.items() if jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.inexact)
-    }
+    maskable = {p for p, s in of_path.items() if jnp.issubdtype(jnp.asarray(s).dtype, jnp.inexact)}
     for group, units, number in zip(groups, worth, kept, strict=True):
         width = jnp.minimum(-(-number // round_to) * round_to, group.size)
         keep = keep_largest(units, (group.size - width).astype(jnp.int32))
         for member in group.members:
-            if member.path in floating and (
-                member.role != "consumes" or group.masks_consumers
-            ):
+            if member.path in maskable and (member.role != "consumes" or group.masks_consumers):
                 along = keep[:, np.maximum(member.index, 0)] | (member.index < 0)[None]
                 mask = masks[member.path]
                 shape = [1] * mask.ndim
