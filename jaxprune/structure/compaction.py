@@ -14,6 +14,7 @@ import numpy as np
 from jaxprune import trees
 from jaxprune.structure import axes as ax
 from jaxprune.structure.exact import Facts, nothing, zeros_at
+from jaxprune.structure.fold import fold_constants
 from jaxprune.structure.express import Keep, evaluate, kept_shape
 from jaxprune.structure.graph import Program, groups_of, trace_program
 from jaxprune.types import Apply, Masks, Params
@@ -24,6 +25,7 @@ class Compaction:
 
     Attributes:
         params: the smaller parameters.
+        masks: their masks, where units stay that have masked weights.
         widths: for every group of the graph, by name, how many units it had and has.
     """
 
@@ -31,12 +33,18 @@ class Compaction:
         trees.check_match("masks", masks, "params", params)
         self._full_apply = apply
         self._tree = jax.tree.structure(params)
-        self._masks = [np.asarray(mask, bool) for mask in jax.tree.leaves(masks)]
+        self._masks = [np.array(mask, bool) for mask in jax.tree.leaves(masks)]
         self._programs: dict[Any, tuple[Program, Keep]] = {}
         self._shapes = {path: jnp.shape(leaf) for path, leaf in trees.paths_and_leaves(params)}
         program = trace_program(apply, params, x)
         groups = groups_of(program)
-        keep, emptied = _removable(program, self._masks)
+        pairs = zip(jax.tree.leaves(params), self._masks, strict=True)
+        leaves = [_masked(leaf, mask) for leaf, mask in pairs]
+        while True:
+            keep, emptied = _removable(program, self._masks)
+            facts = _facts(program, self._masks, keep)
+            if not fold_constants(program, leaves, self._masks, facts, keep):
+                break
         for atom in emptied:
             warnings.warn(
                 f"every unit of {groups[atom].name!r} is without effect; one is kept, as zeros",
@@ -50,9 +58,8 @@ class Compaction:
             group.name: (group.size, int(np.count_nonzero(keep.get(atom, np.ones(group.size)))))
             for atom, group in groups.items()
         }
-        pairs = zip(jax.tree.leaves(params), self._masks, strict=True)
-        masked = [_masked(leaf, mask) for leaf, mask in pairs]
-        self.params = self.shrink(jax.tree.unflatten(self._tree, masked))
+        self.params = self.shrink(jax.tree.unflatten(self._tree, leaves))
+        self.masks = self.shrink(jax.tree.unflatten(self._tree, self._masks))
 
     def apply(self, params: Params, x: Any) -> Any:
         """Return what the masked network returns, of parameters of the smaller shapes.
@@ -211,10 +218,7 @@ def _removable(
     emptied: dict[ax.Atom, None] = {}
     of_leaves = {atom for _, _, atom, _ in program.occurrences()}
     while True:
-        facts = [
-            _of_masks(mask, axes, leaf.dtype, keep)
-            for mask, axes, leaf in zip(masks, program.axes, program.leaves, strict=True)
-        ]
+        facts = _facts(program, masks, keep)
         sites = program.interpret(facts)
         changed = False
         for atom, matter in sites.matter.items():
@@ -234,6 +238,13 @@ def _removable(
     return keep, list(emptied)
 
 
+def _facts(program: Program, masks: list[np.ndarray], keep: Keep) -> list[Facts]:
+    return [
+        _of_masks(mask, axes, leaf.dtype, keep)
+        for mask, axes, leaf in zip(masks, program.axes, program.leaves, strict=True)
+    ]
+
+
 def _of_masks(mask: np.ndarray, axes: ax.Axes, dtype: Any, keep: Keep) -> Facts:
     """Return at which positions of a leaf's axes all that is kept of it is masked."""
     if mask.all() or not jnp.issubdtype(dtype, jnp.inexact):
@@ -250,9 +261,11 @@ def _of_masks(mask: np.ndarray, axes: ax.Axes, dtype: Any, keep: Keep) -> Facts:
 
 
 def _masked(leaf: Any, mask: np.ndarray) -> Any:
-    if mask.all() or _is_key(leaf):
+    """Return a copy of a leaf, zero where it is masked."""
+    if _is_key(leaf):
         return leaf
-    return np.where(mask, np.asarray(leaf), np.zeros((), jnp.asarray(leaf).dtype))
+    dtype = jnp.asarray(leaf).dtype
+    return np.where(mask, np.asarray(leaf), np.zeros((), dtype)).astype(dtype)
 
 
 def _is_key(leaf: Any) -> bool:

@@ -51,9 +51,14 @@ class Sites:
     Attributes:
         matter: for every atom that met others, bool a unit.
         reasons: for every atom of which some unit matters, where that is.
+        foldable: for every `dot_general`, by its id, whose result takes a bias, the operand whose
+            constants can be folded into that: there it does not matter.
+        constants: what is known of these operands.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, foldable: dict[int, int] | None = None) -> None:
+        self.foldable = foldable or {}
+        self.constants: dict[int, Known] = {}
         self.matter: dict[Atom, np.ndarray] = {}
         self.reasons: dict[Atom, str] = {}
 
@@ -259,6 +264,10 @@ def _dot_general(call: _Call, ins: list[Facts]) -> list[Facts]:
     shapes = call.shape(0), call.shape(1)
     for i, j in zip(*sums, strict=True):
         zero = ins[0].equals(i, shapes[0][i]) | ins[1].equals(j, shapes[1][j])
+        k = call.sites.foldable.get(id(call.eqn))
+        if k is not None and (known := ins[k].along((i, j)[k], zero.size)) is not None:
+            call.sites.constants[id(call.eqn)] = known
+            zero |= known[0]
         for operand, axis in ((0, i), (1, j)):
             call.check(operand, axis, zero, "sums over it what is not zero")
     zeros = [
@@ -319,7 +328,7 @@ def _pieces(known: Known | None, start: int, limit: int) -> Known | None:
 
 def _split(call: _Call, ins: list[Facts]) -> list[Facts]:
     at, start, outs = call.eqn.params["axis"], 0, []
-    for n in call.eqn.params["sizes"]:
+    for n in map(int, call.eqn.params["sizes"]):
         axes = list(ins[0].axes)
         axes[at] = _pieces(axes[at], start, start + n)
         outs.append(Facts(tuple(axes), ins[0].whole))

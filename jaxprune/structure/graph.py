@@ -123,10 +123,10 @@ class Program:
     out_tree: Any
     uses: Uses
 
-    def interpret(self, leaves: list[Facts]) -> Sites:
+    def interpret(self, leaves: list[Facts], foldable: dict[int, int] | None = None) -> Sites:
         """Return what is seen at the sites, from what is known of the leaves."""
         rest: list[Any] = self.node.jaxpr.invars[len(leaves) :]
-        sites = Sites()
+        sites = Sites(foldable)
         interpret(self.node, [*leaves, *(nothing(len(x.aval.shape)) for x in rest)], sites)
         return sites
 
