@@ -219,6 +219,21 @@ def warn_of_emptied(
         )
 
 
+def unit_norms(x: Array, unit_axis: int) -> Array:
+    """Return the L2 norm of what belongs to each index of an axis, in float32 or float64."""
+    x = _wide(x)
+    axes = tuple(a for a in range(x.ndim) if a != unit_axis % x.ndim)
+    # A power of two, which is exact, keeps squares in range.
+    exponents = jnp.frexp(jnp.max(jnp.abs(x), axis=axes, keepdims=True))[1]
+    exponents = jnp.clip(exponents, -126, 126)
+    squares = jnp.square(x * jnp.ldexp(jnp.ones((), x.dtype), -exponents))
+    return jnp.ldexp(jnp.sqrt(jnp.sum(squares, axis=axes)), jnp.squeeze(exponents, axes))
+
+
+def _wide(x: Array) -> Array:
+    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)  # exact for narrower types
+
+
 def _concrete(x: Any) -> bool:
     return not isinstance(x, Tracer)
 
@@ -231,22 +246,13 @@ def _rankable(
     leaf: Array, mask: Array | None, granularity: Granularity, unit_axis: int
 ) -> Array:  # fmt: skip
     """Return the scores that compete, flat; those already pruned come first."""
-    if leaf.dtype != jnp.float64:
-        leaf = leaf.astype(jnp.float32)  # exact for every narrower type
+    leaf = _wide(leaf)
     if granularity == "unit":
         check_unit_axis(leaf.shape, unit_axis)
         axes = tuple(a for a in range(leaf.ndim) if a != unit_axis % leaf.ndim)
-        leaf = _norms(leaf, axes)
+        leaf = unit_norms(leaf, unit_axis)
         mask = None if mask is None else jnp.any(mask, axis=axes)
     return (leaf if mask is None else jnp.where(mask, leaf, -jnp.inf)).ravel()
-
-
-def _norms(x: Array, axes: tuple[int, ...]) -> Array:
-    """Return L2 norms over the axes; a power of two, which is exact, keeps squares in range."""
-    exponents = jnp.frexp(jnp.max(jnp.abs(x), axis=axes, keepdims=True))[1]
-    exponents = jnp.clip(exponents, -126, 126)
-    squares = jnp.square(x * jnp.ldexp(jnp.ones((), x.dtype), -exponents))
-    return jnp.ldexp(jnp.sqrt(jnp.sum(squares, axis=axes)), jnp.squeeze(exponents, axes))
 
 
 def _keep_by_layer(

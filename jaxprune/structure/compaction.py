@@ -1,0 +1,272 @@
+"""Remove units for good: smaller parameters, and the same function of them.
+
+Masks come in, from `units`, `masks` or anywhere else. What they leave without effect is proven
+and removed; what cannot be proven stays, masked. Training goes on with what comes out.
+"""
+
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import trees
+from jaxprune.structure import axes as ax
+from jaxprune.structure.exact import Facts, nothing, zeros_at
+from jaxprune.structure.fold import fold_constants
+from jaxprune.structure.express import Keep, evaluate, kept_shape
+from jaxprune.structure.graph import Program, groups_of, trace_program
+from jaxprune.types import Apply, Masks, Params
+
+
+class Compaction:
+    """A network without the units that its masks leave without effect.
+
+    Attributes:
+        params: the smaller parameters.
+        masks: their masks, where units stay that have masked weights.
+        widths: for every group of the graph, by name, how many units it had and has.
+    """
+
+    def __init__(self, apply: Apply, params: Params, masks: Masks, x: Any):
+        trees.check_match("masks", masks, "params", params)
+        self._full_apply = apply
+        self._tree = jax.tree.structure(params)
+        self._masks = [np.array(mask, bool) for mask in jax.tree.leaves(masks)]
+        self._programs: dict[Any, tuple[Program, Keep]] = {}
+        self._shapes = {path: jnp.shape(leaf) for path, leaf in trees.paths_and_leaves(params)}
+        program = trace_program(apply, params, x)
+        groups = groups_of(program)
+        pairs = zip(jax.tree.leaves(params), self._masks, strict=True)
+        leaves = [_masked(leaf, mask) for leaf, mask in pairs]
+        while True:
+            keep, emptied = _removable(program, self._masks)
+            facts = _facts(program, self._masks, keep)
+            if not fold_constants(program, leaves, self._masks, facts, keep):
+                break
+        for atom in emptied:
+            warnings.warn(
+                f"every unit of {groups[atom].name!r} is without effect; one is kept, as zeros",
+                stacklevel=4,
+            )
+        self._kept = {
+            path: tuple(ax.kept(axis, keep) for axis in axes)
+            for path, axes in zip(program.paths, program.axes, strict=True)
+        }
+        self.widths = {
+            group.name: (group.size, int(np.count_nonzero(keep.get(atom, np.ones(group.size)))))
+            for atom, group in groups.items()
+        }
+        self.params = self.shrink(jax.tree.unflatten(self._tree, leaves))
+        self.masks = self.shrink(jax.tree.unflatten(self._tree, self._masks))
+
+    def apply(self, params: Params, x: Any) -> Any:
+        """Return what the masked network returns, of parameters of the smaller shapes.
+
+        It can be jitted, differentiated and vmapped. Every new shape of `x` is traced anew.
+        """
+        inputs, structure = jax.tree.flatten(x)
+        leaves = jax.tree.leaves(params)
+        if jax.tree.structure(params) != self._tree:
+            raise ValueError(f"params must be a tree like {self._tree}")
+        for path, leaf in zip(self._shapes, leaves, strict=True):
+            if jnp.shape(leaf) != (shape := self._small(path)):
+                raise ValueError(
+                    f"leaf {path!r} has shape {jnp.shape(leaf)}, the compact network's has {shape}"
+                )
+        dtypes = tuple(jnp.asarray(leaf).dtype for leaf in leaves)
+        key = structure, tuple((jnp.shape(a), jnp.asarray(a).dtype) for a in inputs), dtypes
+        if key not in self._programs:
+            self._programs[key] = self._program(dtypes, x)
+        program, keep = self._programs[key]
+        return jax.tree.unflatten(
+            program.out_tree, evaluate(program.node, keep, [*leaves, *inputs])
+        )
+
+    def shrink(self, tree: Any) -> Any:
+        """Remove the units from parameters, masks, optimizer state, or whatever contains them.
+
+        A leaf is taken for that of the parameters whose path its own path ends with, if it has
+        its shape; all others stay as they are.
+        """
+
+        def cut(path: str, leaf: Any) -> Any:
+            found = np.asarray(leaf) if not _is_key(leaf) else leaf
+            for i, kept in enumerate(self._kept[path]):
+                if kept is not None:
+                    found = found.take(np.flatnonzero(kept), axis=i)
+            return jnp.asarray(found)
+
+        return self._map(cut, tree, self._shapes)
+
+    def expand(self, tree: Any) -> Any:
+        """Put the removed units back, as zeros; the inverse of `shrink`."""
+
+        def put(path: str, leaf: Any) -> Any:
+            kept = self._kept[path]
+            if all(k is None for k in kept):
+                return leaf
+            full = np.zeros(self._shapes[path], jnp.asarray(leaf).dtype)
+            at = [
+                np.arange(n) if k is None else np.flatnonzero(k)
+                for n, k in zip(full.shape, kept, strict=True)
+            ]
+            full[np.ix_(*at)] = np.asarray(leaf)
+            return jnp.asarray(full)
+
+        return self._map(put, tree, {path: self._small(path) for path in self._shapes})
+
+    def _map(self, f: Any, tree: Any, shapes: dict[str, tuple[int, ...]]) -> Any:
+        """Map a function of path and leaf over the leaves that belong to the parameters."""
+
+        def one(path: Any, leaf: Any) -> Any:
+            parts = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+            for start in range(len(parts) + 1):
+                name = "/".join(parts[start:])
+                if name in shapes and jnp.shape(leaf) == shapes[name]:
+                    return f(name, leaf)
+            return leaf
+
+        return jax.tree.map_with_path(one, tree)
+
+    def _small(self, path: str) -> tuple[int, ...]:
+        return tuple(
+            n if kept is None else int(np.count_nonzero(kept))
+            for n, kept in zip(self._shapes[path], self._kept[path], strict=True)
+        )
+
+    def _program(self, dtypes: tuple[Any, ...], x: Any) -> tuple[Program, Keep]:
+        """Trace at a new shape, and find that the same units can be removed there."""
+        abstract = [
+            jax.ShapeDtypeStruct(shape, dtype)
+            for shape, dtype in zip(self._shapes.values(), dtypes, strict=True)
+        ]
+        program = trace_program(self._full_apply, jax.tree.unflatten(self._tree, abstract), x)
+        keep, _ = _removable(program, self._masks, list(self._kept.values()))
+        for path, axes in zip(program.paths, program.axes, strict=True):
+            if kept_shape(axes, keep) != self._small(path):
+                raise ValueError(
+                    f"at inputs of shapes {[jnp.shape(a) for a in jax.tree.leaves(x)]} the units "
+                    f"of leaf {path!r} cannot be removed as at those that the network was "
+                    "compacted with: compact it at these"
+                )
+        return program, keep
+
+
+def compaction(apply: Apply, params: Params, masks: Masks, x: Any) -> Compaction:
+    """Remove all units that masks leave without effect; see `compact`.
+
+    Returns:
+        The smaller `params`, their `apply`, the `widths`, and `shrink` and `expand` for optimizer
+        state and whatever else has the shapes of the parameters.
+    """
+    return Compaction(apply, params, masks, x)
+
+
+def compact(apply: Apply, params: Params, masks: Masks, x: Any) -> tuple[Params, Apply]:
+    """Return the parameters without the units that masks leave without effect, and their network.
+
+    A unit goes if the masks show that the function stays the same, for all values of the
+    parameters that are kept: because its value is zero wherever it is summed, or nothing is made
+    of it. Units that lost all their inputs or outputs to masks of single weights go too. All
+    other units stay, masked.
+
+    Args:
+        apply: the network, any function of parameters and inputs that JAX can trace.
+        params: its parameters.
+        masks: the same tree and shapes, bool, True is kept; from `group_masks` or any other.
+        x: inputs of the shape to trace with, or their shapes and dtypes; a batch of two or more.
+
+    Returns:
+        Smaller parameters of the same tree, and a pure function like `apply`, to be used with
+        inputs of any shape that `apply` takes.
+
+    Raises:
+        ValueError: the trees or a leaf's shapes differ.
+
+    Example:
+        >>> def apply(params, x):
+        ...     return jax.nn.relu(x @ params["hidden"]) @ params["logits"]
+        >>> params = {"hidden": jnp.ones((4, 3)), "logits": jnp.ones((3, 2))}
+        >>> masks = {"hidden": jnp.array([[True, True, False]] * 4), "logits": jnp.ones((3, 2)) > 0}
+        >>> small, small_apply = compact(apply, params, masks, jnp.ones((2, 4)))
+        >>> small["hidden"].shape, small["logits"].shape, small_apply(small, jnp.ones((1, 4)))
+        ((4, 2), (2, 2), Array([[8., 8.]], dtype=float32))
+    """
+    plan = compaction(apply, params, masks, x)
+    return plan.params, plan.apply
+
+
+def _removable(
+    program: Program, masks: list[np.ndarray], within: list[Any] | None = None
+) -> tuple[Keep, list[ax.Atom]]:
+    """Return the kept units of the atoms that lose some, and the atoms that would lose all.
+
+    Units go in rounds, since one that is gone may have been all that another entered or left.
+    """
+    keep: Keep = {}
+    allowed: Keep = {}
+    for leaf, axis, atom, index in program.occurrences():
+        if within is not None and atom.reason is None:
+            positions = within[leaf][axis]
+            gone = np.zeros(atom.size, bool)
+            if positions is not None:
+                gone = np.ones(atom.size, bool)
+                gone[index[(index >= 0) & positions]] = False
+            allowed[atom] = allowed.get(atom, True) & gone
+    emptied: dict[ax.Atom, None] = {}
+    of_leaves = {atom for _, _, atom, _ in program.occurrences()}
+    while True:
+        facts = _facts(program, masks, keep)
+        sites = program.interpret(facts)
+        changed = False
+        for atom, matter in sites.matter.items():
+            if atom.reason is not None or atom not in of_leaves:
+                continue
+            new = matter & keep.get(atom, True)
+            if within is not None:
+                new |= ~allowed[atom] & keep.get(atom, True)
+            if not new.any():
+                emptied[atom] = None
+                new[np.argmax(keep.get(atom, new))] = True
+            if new.all() or (atom in keep and (new == keep[atom]).all()):
+                continue
+            keep[atom], changed = new, True
+        if not changed:
+            break
+    return keep, list(emptied)
+
+
+def _facts(program: Program, masks: list[np.ndarray], keep: Keep) -> list[Facts]:
+    return [
+        _of_masks(mask, axes, leaf.dtype, keep)
+        for mask, axes, leaf in zip(masks, program.axes, program.leaves, strict=True)
+    ]
+
+
+def _of_masks(mask: np.ndarray, axes: ax.Axes, dtype: Any, keep: Keep) -> Facts:
+    """Return at which positions of a leaf's axes all that is kept of it is masked."""
+    if mask.all() or not jnp.issubdtype(dtype, jnp.inexact):
+        return nothing(mask.ndim)
+    kept = [ax.kept(axis, keep) for axis in axes]
+    zero = []
+    for i in range(mask.ndim):
+        left = mask
+        for j, positions in enumerate(kept):
+            if j != i and positions is not None:
+                left = np.compress(positions, left, axis=j)
+        zero.append(~left.any(tuple(j for j in range(mask.ndim) if j != i)))
+    return zeros_at(zero, dtype)
+
+
+def _masked(leaf: Any, mask: np.ndarray) -> Any:
+    """Return a copy of a leaf, zero where it is masked."""
+    if _is_key(leaf):
+        return leaf
+    dtype = jnp.asarray(leaf).dtype
+    return np.where(mask, np.asarray(leaf), np.zeros((), dtype)).astype(dtype)
+
+
+def _is_key(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.extended)

@@ -1,0 +1,136 @@
+"""Masks of the units of groups: what is scored together is pruned together.
+
+A graph and parameters come in; masks of all leaves, as `masks` has them, go out to `compaction`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import trees
+from jaxprune.masks import unit_norms
+from jaxprune.scores import magnitude
+from jaxprune.select import keep_largest
+from jaxprune.sparsity import check_choice, exact, num_pruned
+from jaxprune.structure.graph import Graph, Group
+from jaxprune.types import Array, Masks, Params, Scores
+
+
+def group_masks(
+    graph: Graph,
+    params: Params,
+    sparsity: Any,
+    *,
+    scope: str = "group",
+    round_to: int = 1,
+    scores: Scores | None = None,
+    prunable: Callable[[Group], bool] | None = None,
+) -> Masks:
+    r"""Prune the units of the lowest scores, with all that belongs to them.
+
+    A unit's score is the L2 norm of the scores of all weights that enter it, of all leaves that
+    produce it. Its biases and normalisation parameters go with it and are not scored; nor are the
+    weights that leave it, which are masked where its value would not be zero without. Masks of
+    rising sparsities are nested.
+
+    Args:
+        graph: what `dependency_graph` returns.
+        params: the parameters.
+        sparsity: in [0, 1] of the units of the groups taken, or a sequence of these.
+        scope: `group`: units compete within their group; `global`: with all others, nothing
+            normalised, ties in the order of the groups.
+        round_to: the kept units of a group are a multiple of it, or all; rounded up.
+        scores: a tree like `params`, higher is more important; by default `magnitude`.
+        prunable: which groups take part; by default all that are prunable and lie within no other,
+            so that attention loses whole heads.
+
+    Returns:
+        The tree of the parameters, bool, True is kept; the levels axis first if `sparsity` is a
+        sequence.
+
+    Raises:
+        ValueError: a tree that the graph was not made of, a sparsity outside [0, 1], an unknown
+            scope, a `round_to` below 1, or a selected group that cannot be pruned.
+
+    Example:
+        >>> def apply(params, x):
+        ...     return jax.nn.relu(x @ params["hidden"]) @ params["logits"]
+        >>> params = {"hidden": jnp.array([[3.0, 1.0]]), "logits": jnp.ones((2, 2))}
+        >>> graph = dependency_graph(apply, params, jnp.ones((5, 1)))
+        >>> group_masks(graph, params, 0.5)["hidden"].tolist()
+        [[True, False]]
+    """
+    check_choice("scope", scope, ("group", "global"))
+    if round_to < 1:
+        raise ValueError(f"round_to must be at least 1, got {round_to}")
+    check_tree(graph, params)
+    scores = magnitude(params) if scores is None else scores
+    trees.check_match("scores", scores, "params", params)
+    many = isinstance(sparsity, Sequence) or np.ndim(sparsity) > 0
+    targets = [exact(s) for s in (sparsity if many else [sparsity])]
+    groups = _selected(graph, prunable)
+    of_path = dict(trees.paths_and_leaves(scores))
+    worth = [_worth(group, of_path) for group in groups]
+    if scope == "global" and groups:
+        dtype = jnp.result_type(*worth)
+        together = jnp.concatenate([w.astype(dtype) for w in worth])
+        counts = jnp.array([num_pruned(together.size, s) for s in targets], jnp.int32)
+        ends = np.cumsum([group.size for group in groups])[:-1]
+        kept = [k.sum(1) for k in jnp.split(keep_largest(together, counts), ends, axis=1)]
+    else:
+        kept = [
+            jnp.array([group.size - num_pruned(group.size, s) for s in targets]) for group in groups
+        ]
+    masks = {
+        path: jnp.ones((len(targets), *jnp.shape(leaf)), bool)
+        for path, leaf in trees.paths_and_leaves(params)
+    }
+    maskable = {p for p, s in of_path.items() if jnp.issubdtype(jnp.asarray(s).dtype, jnp.inexact)}
+    for group, units, number in zip(groups, worth, kept, strict=True):
+        width = jnp.minimum(-(-number // round_to) * round_to, group.size)
+        keep = keep_largest(units, (group.size - width).astype(jnp.int32))
+        for member in group.members:
+            if member.path in maskable and (member.role != "consumes" or group.masks_consumers):
+                along = keep[:, np.maximum(member.index, 0)] | (member.index < 0)[None]
+                mask = masks[member.path]
+                shape = [1] * mask.ndim
+                shape[0], shape[member.axis + 1] = along.shape
+                masks[member.path] = mask & jnp.broadcast_to(along.reshape(shape), mask.shape)
+    leaves = [m if many else m[0] for m in masks.values()]
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
+def check_tree(graph: Graph, params: Params) -> None:
+    """Raise ValueError, naming the leaf, where a graph was made of another tree."""
+    shapes = {path: jnp.shape(leaf) for path, leaf in trees.paths_and_leaves(params)}
+    for path in [*graph.shapes, *shapes]:
+        if graph.shapes.get(path) != shapes.get(path):
+            raise ValueError(
+                f"leaf {path!r} has shape {shapes.get(path)} in params and "
+                f"{graph.shapes.get(path)} in the graph, which was made of another tree"
+            )
+
+
+def _selected(graph: Graph, prunable: Callable[[Group], bool] | None) -> list[Group]:
+    if prunable is None:
+        return [group for group in graph.groups if group.prunable and group.within is None]
+    groups = [group for group in graph.groups if prunable(group)]
+    for group in groups:
+        if not group.prunable:
+            raise ValueError(f"group {group.name!r} cannot be pruned: {group.reason}")
+    return groups
+
+
+def _worth(group: Group, scores: dict[str, Any]) -> Array:
+    """Return the L2 norm of the scores of the weights that enter each unit."""
+    parts = []
+    for member in group.members:
+        if "produces" in member.role:
+            norms = unit_norms(jnp.asarray(scores[member.path]), member.axis)
+            at = np.argsort(member.index, kind="stable")[np.count_nonzero(member.index < 0) :]
+            parts.append(norms[at.reshape(group.size, -1)])
+    dtype = jnp.result_type(*parts)
+    return unit_norms(jnp.concatenate([p.astype(dtype) for p in parts], axis=1), 0)

@@ -1,0 +1,527 @@
+"""The dependency graph, unit masks over groups, and compaction, on networks of a few lines."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxprune.masks import apply_masks
+from jaxprune.structure import compact, compaction, dependency_graph, group_masks
+
+
+class Case(NamedTuple):
+    """A network, the shape of an input, and the parameters left at half the units."""
+
+    apply: Callable[[Any, Any], Any]
+    params: Any
+    shape: tuple[int, ...]
+    left: int
+
+
+def draw(shapes: Any, seed: int = 0) -> Any:
+    """Random parameters of the given shapes."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda shape: jnp.asarray(rng.normal(size=shape) / 2, jnp.float32),
+        shapes,
+        is_leaf=lambda s: isinstance(s, tuple),
+    )
+
+
+def of_module(module: nn.Module, shape: tuple[int, ...]) -> tuple[Any, Any]:
+    """A module's apply on all its variables, which are drawn."""
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.ones(shape, np.float32))
+    drawn = draw(jax.tree.map(lambda s: s.shape, shapes))
+    if "batch_stats" in drawn:
+        drawn["batch_stats"] = jax.tree.map(jnp.abs, drawn["batch_stats"])
+    return module.apply, drawn
+
+
+def mlp() -> Case:
+    def apply(params: Any, x: Any) -> Any:
+        return jax.nn.relu(x @ params["hidden"]) @ params["logits"]
+
+    return Case(apply, draw({"hidden": (5, 8), "logits": (8, 3)}), (5,), 5 * 4 + 4 * 3)
+
+
+def norm_mlp() -> Case:
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            x = nn.gelu(nn.LayerNorm()(nn.Dense(8)(x)))
+            return nn.Dense(3)(x)
+
+    # Dense 6 * 4, LayerNorm 2 * 4, Dense 4 * 3 + 3.
+    return Case(*of_module(Net(), (2, 5)), (5,), 24 + 8 + 15)
+
+
+def lenet() -> Case:
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            x = nn.max_pool(nn.relu(nn.Conv(4, (3, 3))(x)), (2, 2), (2, 2))
+            x = x.reshape(x.shape[0], -1)
+            return nn.Dense(3)(nn.tanh(nn.Dense(6)(x)))
+
+    # Conv 10 * 2, Dense (3 * 3 * 2 + 1) * 3, Dense 4 * 3.
+    return Case(*of_module(Net(), (2, 6, 6, 1)), (6, 6, 1), 20 + 57 + 12)
+
+
+def residual() -> Case:
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            def norm() -> nn.BatchNorm:
+                return nn.BatchNorm(use_running_average=True)
+
+            x = nn.relu(norm()(nn.Conv(4, (3, 3), use_bias=False)(x)))
+            y = nn.relu(norm()(nn.Conv(6, (3, 3), (2, 2), use_bias=False)(x)))
+            y = norm()(nn.Conv(8, (3, 3), use_bias=False)(y))
+            x = nn.relu(y + norm()(nn.Conv(8, (1, 1), (2, 2), use_bias=False)(x)))
+            return nn.Dense(3)(x.mean((1, 2)))
+
+    kernels = 9 * 2 * 2 + 9 * 2 * 3 + 9 * 3 * 4 + 2 * 4
+    return Case(*of_module(Net(), (2, 6, 6, 2)), (6, 6, 2), kernels + 4 * (2 + 3 + 4 + 4) + 15)
+
+
+def attention() -> Case:
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            x = nn.Dense(8)(x)
+            x += nn.MultiHeadDotProductAttention(num_heads=4, qkv_features=8)(x)
+            return nn.Dense(3)(x)
+
+    # A stream of 8 -> 4, 4 heads of 2 -> 2 heads.
+    return Case(*of_module(Net(), (2, 6, 5)), (6, 5), 24 + 3 * (4 + 1) * 4 + (4 + 1) * 4 + 15)
+
+
+def fused_attention() -> Case:
+    def apply(params: Any, x: Any) -> Any:
+        batch, length, _ = x.shape
+        q, k, v = jnp.split((x @ params["qkv"]).reshape(batch, length, -1), 3, axis=-1)
+        q, k, v = (a.reshape(batch, length, 4, 2) for a in (q, k, v))
+        weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) * 2**-0.5)
+        return jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(batch, length, 8) @ params["out"]
+
+    return Case(apply, draw({"qkv": (5, 24), "out": (8, 3)}), (6, 5), 5 * 12 + 4 * 3)
+
+
+def dense_block() -> Case:
+    def apply(params: Any, x: Any) -> Any:
+        x = jnp.tanh(x @ params["stem"])
+        x = jnp.concatenate([x, jnp.tanh(x @ params["grow"])], axis=1)
+        return x @ params["logits"]
+
+    shapes = {"stem": (5, 4), "grow": (4, 6), "logits": (10, 3)}
+    return Case(apply, draw(shapes), (5,), 5 * 2 + 2 * 3 + (2 + 3) * 3)
+
+
+def depthwise() -> Case:
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            x = nn.relu(nn.Conv(6, (1, 1))(x))
+            x = nn.relu(nn.Conv(6, (3, 3), feature_group_count=6)(x))
+            return nn.Dense(3)(x.mean((1, 2)))
+
+    # Pointwise 3 * 3, depthwise 10 * 3, Dense 4 * 3.
+    return Case(*of_module(Net(), (2, 6, 6, 2)), (6, 6, 2), 9 + 30 + 12)
+
+
+def grouped() -> Case:
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            x = nn.relu(nn.Conv(4, (1, 1))(x))
+            x = nn.relu(nn.Conv(8, (3, 3), feature_group_count=2)(x))
+            return nn.Dense(3)(x.mean((1, 2)))
+
+    # Groups of two inputs and four outputs are the units: one of two is left.
+    return Case(*of_module(Net(), (2, 6, 6, 2)), (6, 6, 2), 6 + (18 * 4 + 4) + 15)
+
+
+def scanned() -> Case:
+    def apply(params: Any, x: Any) -> Any:
+        @jax.checkpoint
+        def layer(x: Any, p: Any) -> Any:
+            return x + jax.nn.silu(x @ p["in"]) @ p["out"], jnp.float32(0)
+
+        return jax.lax.scan(layer, x @ params["stem"], params["layers"])[0] @ params["logits"]
+
+    layers = {"in": (3, 4, 6), "out": (3, 6, 4)}
+    params = draw({"stem": (5, 4), "layers": layers, "logits": (4, 3)})
+    return Case(apply, params, (5,), 5 * 2 + 3 * 2 * (2 * 3) + 2 * 3)
+
+
+def sigmoid() -> Case:
+    def apply(params: Any, x: Any) -> Any:
+        return jax.nn.sigmoid(x @ params["hidden"] + params["bias"][None]) @ params["logits"]
+
+    params = draw({"hidden": (5, 8), "bias": (8,), "logits": (8, 3)})
+    return Case(apply, params, (5,), 5 * 4 + 4 + 4 * 3)
+
+
+CASES = {
+    f.__name__: f
+    for f in [mlp, norm_mlp, lenet, residual, attention, fused_attention, dense_block, depthwise,
+              grouped, scanned, sigmoid]
+}  # fmt: skip
+
+
+def inputs(case: Case, batch: int) -> Any:
+    x = jax.random.normal(jax.random.key(batch), (batch, *case.shape))
+    return x.at[0].set(0)  # where derivatives at exact zeros are taken
+
+
+def check_equal(case: Case, masks: Any, x: Any, tolerance: float, plan: Any) -> None:
+    """The compact network gives what the masked one gives, and so do their derivatives."""
+    masked = apply_masks(case.params, masks)
+
+    def loss(params: Any, apply: Any) -> Any:
+        return jnp.sum(jnp.sin(apply(params, x)))
+
+    np.testing.assert_allclose(
+        plan.apply(plan.params, x), case.apply(masked, x), rtol=tolerance, atol=tolerance
+    )
+    expected = jax.grad(loss)(masked, case.apply)
+    found = jax.jit(jax.grad(loss), static_argnums=1)(plan.params, plan.apply)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance),
+        plan.shrink(apply_masks(expected, masks)),
+        apply_masks(found, plan.shrink(masks)),
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compact_equals_masked(name: str) -> None:
+    case = CASES[name]()
+    x = inputs(case, 3)
+    graph = dependency_graph(case.apply, case.params, x)
+    masks = group_masks(graph, case.params, 0.5)
+    plan = compaction(case.apply, case.params, masks, x)
+    assert sum(leaf.size for leaf in jax.tree.leaves(plan.params)) == case.left
+    for batch in (3, 2):
+        check_equal(case, masks, inputs(case, batch), 2e-5, plan)
+    restored = plan.expand(plan.params)
+    jax.tree.map(np.testing.assert_array_equal, plan.shrink(restored), plan.params)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compact_equals_masked_in_double_precision(name: str) -> None:
+    with jax.enable_x64(True):
+        case = CASES[name]()
+        case = case._replace(params=jax.tree.map(lambda w: w.astype(np.float64), case.params))
+        x = inputs(case, 3).astype(np.float64)
+        graph = dependency_graph(case.apply, case.params, x)
+        masks = group_masks(graph, case.params, 0.3, scope="global")
+        plan = compaction(case.apply, case.params, masks, x)
+        check_equal(case, masks, x, 1e-12, plan)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_pruned(name: str) -> None:
+    case = CASES[name]()
+    masks = jax.tree.map(lambda w: jnp.ones(w.shape, bool), case.params)
+    plan = compaction(case.apply, case.params, masks, inputs(case, 2))
+    jax.tree.map(np.testing.assert_array_equal, plan.params, case.params)
+    assert all(before == after for before, after in plan.widths.values())
+
+
+def test_groups_of_a_block() -> None:
+    case = attention()
+    graph = dependency_graph(case.apply, case.params, inputs(case, 2))
+    found = {group.name.removeprefix("params/"): group for group in graph.groups}
+    block = "MultiHeadDotProductAttention_0"
+    stream = found["Dense_0/kernel"]
+    assert (stream.size, stream.prunable, len(stream.members)) == (8, True, 8)
+    heads = found[f"{block}/key/kernel[1]"]
+    assert (heads.size, heads.prunable, len(heads.members)) == (4, True, 7)
+    inner = found[f"{block}/key/kernel[2]"]
+    assert (inner.size, inner.prunable, inner.within) == (2, True, heads.name)
+    assert found["Dense_1/kernel"].reason == "it reaches the network's output"
+    assert found["Dense_0/kernel[0]"].reason == "it is an axis of the input"
+
+
+def test_graph_prints_groups_leaves_sizes_and_reasons() -> None:
+    case = dense_block()
+    assert str(dependency_graph(case.apply, case.params, inputs(case, 2))).splitlines() == [
+        "grow: 6 units, prunable",
+        "  grow axis 1: produces",
+        "  logits axis 0 from 4 to 9: consumes",
+        "logits: 3 units, it reaches the network's output",
+        "  logits axis 1: produces",
+        "stem[0]: 5 units, it is an axis of the input",
+        "  stem axis 0: consumes",
+        "stem: 4 units, prunable",
+        "  grow axis 0: consumes",
+        "  logits axis 0 from 0 to 3: consumes",
+        "  stem axis 1: produces",
+    ]
+
+
+def through(f: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+    """A network with `f` at its hidden layer."""
+    return lambda params, x: f(x @ params["hidden"]) @ params["logits"]
+
+
+HIDDEN = {"hidden": (5, 6), "logits": (6, 3)}
+
+
+@jax.custom_vjp
+def own_rule(x: Any) -> Any:
+    return x
+
+
+own_rule.defvjp(lambda x: (x, None), lambda _, g: (g,))
+
+
+@pytest.mark.parametrize(
+    ("f", "reason"),
+    [
+        (jax.nn.softmax, "reduce_max runs over it and a removed unit's value is not neutral"),
+        (lambda x: x / (1 + jnp.exp(x).sum(1, keepdims=True)), "reduce_sum runs over it"),
+        (lambda x: x - x.max(1, keepdims=True), "reduce_max runs over it"),
+        (lambda x: jnp.sort(x, axis=1), "sorted"),
+        (lambda x: x[:, ::-1], "reversed"),
+        (lambda x: x + jnp.argmax(x, 1, keepdims=True).astype(x.dtype), "indexed by argmax"),
+        (lambda x: x - x.mean(1, keepdims=True) / x.var(1, keepdims=True), "reduce_sum runs"),
+        (lambda x: x.reshape(-1, 3, 2).transpose(0, 2, 1).reshape(-1, 3, 2).reshape(-1, 6), ""),
+        (lambda x: jnp.linalg.cholesky(x[:, :, None] * x[:, None, :]).sum(2), "not understood"),
+        (own_rule, "custom_vjp_call"),
+        (lambda x: jax.lax.while_loop(lambda y: y.sum() < 0, lambda y: y + 1, x), "while"),
+        (lambda x: jax.lax.cond(x.sum() > 0, lambda y: y, lambda y: -y, x), "cond"),
+        (lambda x: jnp.fft.irfft(jnp.fft.rfft(x)), "fft, which is not understood"),
+    ],
+)
+def test_what_cannot_be_pruned(f: Callable[[Any], Any], reason: str) -> None:
+    apply, params, x = through(f), draw(HIDDEN), jnp.ones((2, 5))
+    group = dependency_graph(apply, params, x)["hidden"] if reason else None
+    if group is not None:
+        assert not group.prunable
+        assert reason in str(group.reason)
+        with pytest.raises(ValueError, match="group 'hidden' cannot be pruned"):
+            group_masks(
+                dependency_graph(apply, params, x),
+                params,
+                0.5,
+                prunable=lambda g: g.name == "hidden",
+            )
+    # Masks may come from anywhere: what cannot be removed stays, and the function is the same.
+    masks = jax.tree.map(lambda w: jnp.ones(w.shape, bool), params)
+    masks["hidden"] = masks["hidden"].at[:, 1].set(False)
+    plan = compaction(apply, params, masks, x)
+    x = jax.random.normal(jax.random.key(0), (2, 5))
+    np.testing.assert_allclose(
+        plan.apply(plan.params, x), apply(apply_masks(params, masks), x), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: jnp.cumsum(x, axis=1),
+        lambda x: x / jnp.sqrt(jnp.mean(x * x, axis=1, keepdims=True) + 1),
+        lambda x: jnp.pad(x, ((0, 0), (1, 2)))[:, 1:-2],
+        lambda x: jnp.split(jnp.concatenate([x, x], axis=1), 2, axis=1)[1],
+        lambda x: jnp.where(jnp.arange(6)[None] < 3, x, 2 * x),
+        lambda x: jax.random.bernoulli(jax.random.key(0), 0.5, x.shape).astype(x.dtype) * x,
+        lambda x: x * jnp.arange(6.0)[None],
+        lambda x: jnp.where(x > 0, x, 0.1 * x) + jnp.zeros(6)[None],
+        lambda x: jax.jit(jnp.tanh)(jax.checkpoint(jnp.sin)(x)),
+        lambda x: jax.vmap(jnp.tanh)(x),
+        lambda x: x.at[:].multiply(2.0),
+        jax.nn.relu6,
+        jax.nn.silu,
+        jnp.abs,
+    ],
+)
+def test_what_can_be_pruned(f: Callable[[Any], Any]) -> None:
+    apply, params, x = through(f), draw(HIDDEN), jax.random.normal(jax.random.key(0), (3, 5))
+    graph = dependency_graph(apply, params, x)
+    masks = group_masks(graph, params, 0.5)
+    plan = compaction(apply, params, masks, x)
+    assert plan.widths["hidden"] == (6, 3)
+    np.testing.assert_allclose(
+        plan.apply(plan.params, x), apply(apply_masks(params, masks), x), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_slow_variance_is_not_exact() -> None:
+    class Net(nn.Module):
+        fast: bool
+
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return nn.Dense(3)(nn.LayerNorm(use_fast_variance=self.fast)(nn.Dense(6)(x)))
+
+    for fast in (True, False):
+        apply, params = of_module(Net(fast), (2, 5))
+        graph = dependency_graph(apply, params, jnp.ones((2, 5)))
+        assert graph["params/Dense_0/kernel"].prunable is fast
+
+
+def test_scores_of_units_by_hand() -> None:
+    params = {"hidden": jnp.array([[3.0, 1.0, 2.0], [4.0, 1.0, 2.0]]), "logits": jnp.ones((3, 2))}
+    graph = dependency_graph(through(jnp.tanh), params, jnp.ones((2, 2)))
+    masks = group_masks(graph, params, [0, 1 / 3, 0.5, 1])
+    assert masks["hidden"][:, 0].tolist() == [
+        [True, True, True], [True, False, True], [True, False, False], [False, False, False]
+    ]  # fmt: skip
+    assert masks["logits"].shape == (4, 3, 2)
+    assert masks["logits"].all()
+    scores = {"hidden": -params["hidden"] + 5, "logits": params["logits"]}
+    assert group_masks(graph, params, 1 / 3, scores=scores)["hidden"][0].tolist() == [
+        False, True, True
+    ]  # fmt: skip
+
+
+def test_round_to_and_global_ranking() -> None:
+    def apply(params: Any, x: Any) -> Any:
+        return jnp.tanh(jnp.tanh(x @ params["a"]) @ params["b"]) @ params["c"]
+
+    params = draw({"a": (5, 8), "b": (8, 8), "c": (8, 3)})
+    params["a"] *= 100
+    graph = dependency_graph(apply, params, jnp.ones((2, 5)))
+    masks = group_masks(graph, params, 0.25, scope="global")
+    assert (masks["a"][0].sum(), masks["b"][0].sum()) == (8, 4)
+    masks = group_masks(graph, params, 0.5, round_to=3)
+    assert (masks["a"][0].sum(), masks["b"][0].sum()) == (6, 6)
+    with pytest.raises(ValueError, match="round_to must be at least 1, got 0"):
+        group_masks(graph, params, 0.5, round_to=0)
+    with pytest.raises(ValueError, match="scope must be one of group, global, got 'layer'"):
+        group_masks(graph, params, 0.5, scope="layer")
+    with pytest.raises(ValueError, match="leaf 'a' has shape .* made of another tree"):
+        group_masks(graph, {"a": params["b"], "b": params["b"], "c": params["c"]}, 0.5)
+
+
+def test_dead_units_cascade() -> None:
+    def apply(params: Any, x: Any) -> Any:
+        for name in "abc":
+            x = jax.nn.relu(x @ params[name])
+        return x @ params["d"]
+
+    params = draw({"a": (3, 4), "b": (4, 4), "c": (4, 4), "d": (4, 2)})
+    masks = jax.tree.map(lambda w: np.ones(w.shape, bool), params)
+    masks["a"][:, 0] = False  # no inputs, and b's unit 0 has no other
+    masks["b"][1:, 0] = False
+    masks["d"][3] = False  # no outputs, and b's unit 3 goes nowhere else
+    masks["b"][:, 3] = True
+    masks["c"][3, :3] = False
+    plan = compaction(apply, params, masks, jnp.ones((2, 3)))
+    assert {name: plan.widths[name] for name in "abc"} == {"a": (4, 3), "b": (4, 2), "c": (4, 3)}
+    x = jax.random.normal(jax.random.key(0), (5, 3))
+    np.testing.assert_allclose(
+        plan.apply(plan.params, x), apply(apply_masks(params, masks), x), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_live_chain_between_dead_ends_is_not_cut() -> None:
+    def apply(params: Any, x: Any) -> Any:
+        return jnp.tanh(jnp.tanh(x @ params["a"]) @ params["b"]) @ params["c"]
+
+    params = draw({"a": (2, 2), "b": (2, 2), "c": (2, 2)})
+    masks = jax.tree.map(lambda w: np.ones(w.shape, bool), params)
+    masks["b"][:] = [[True, False], [False, True]]
+    plan = compaction(apply, params, masks, jnp.ones((2, 2)))
+    assert plan.widths["a"] == plan.widths["b"] == (2, 2)
+
+
+def test_constants_are_folded_into_the_next_bias() -> None:
+    def apply(params: Any, x: Any) -> Any:
+        x = jax.nn.sigmoid(x @ params["a"]["kernel"] + params["a"]["bias"][None])
+        return x @ params["b"]["kernel"] + params["b"]["bias"]
+
+    layers = {"a": {"kernel": (3, 2), "bias": (2,)}, "b": {"kernel": (2, 1), "bias": (1,)}}
+    with jax.numpy_rank_promotion("allow"):
+        params = draw(layers)
+        params["a"]["bias"] = jnp.array([0.0, 1.0])
+        masks = jax.tree.map(lambda w: np.ones(w.shape, bool), params)
+        masks["a"]["kernel"][:, 0] = False
+        plan = compaction(apply, params, masks, jnp.ones((2, 3)))
+        assert plan.widths["a/kernel"] == (2, 1)
+        added = plan.params["b"]["bias"] - params["b"]["bias"]
+        np.testing.assert_allclose(added, 0.5 * params["b"]["kernel"][0], rtol=1e-6)
+        x = jax.random.normal(jax.random.key(0), (5, 3))
+        np.testing.assert_allclose(
+            plan.apply(plan.params, x), apply(apply_masks(params, masks), x), rtol=1e-5
+        )
+
+
+def test_a_constant_without_a_bias_to_go_to_stays() -> None:
+    apply, params = through(lambda x: jax.nn.sigmoid(x)), draw(HIDDEN)
+    masks = jax.tree.map(lambda w: np.ones(w.shape, bool), params)
+    masks["hidden"][:, 0] = False
+    assert compaction(apply, params, masks, jnp.ones((2, 5))).widths["hidden"] == (6, 6)
+
+
+def test_all_units_of_a_group_pruned() -> None:
+    apply, params = through(jnp.tanh), draw(HIDDEN)
+    graph = dependency_graph(apply, params, jnp.ones((2, 5)))
+    with pytest.warns(UserWarning, match="every unit of 'hidden' is without effect; one is kept"):
+        small, small_apply = compact(apply, params, group_masks(graph, params, 1), jnp.ones((2, 5)))
+    assert small["hidden"].shape == (5, 1)
+    np.testing.assert_array_equal(small_apply(small, jnp.ones((2, 5))), jnp.zeros((2, 3)))
+
+
+def test_compact_network_is_traced_anew_for_new_shapes() -> None:
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            x = nn.relu(nn.Conv(6, (3, 3))(x))
+            return nn.Dense(3)(x.reshape(x.shape[0], -1, 6).mean(1))
+
+    apply, params = of_module(Net(), (2, 6, 6, 1))
+    masks = group_masks(dependency_graph(apply, params, jnp.ones((2, 6, 6, 1))), params, 0.5)
+    small, small_apply = compact(apply, params, masks, jnp.ones((2, 6, 6, 1)))
+    for shape in [(1, 6, 6, 1), (3, 8, 5, 1)]:
+        x = jax.random.normal(jax.random.key(0), shape)
+        expected = apply(apply_masks(params, masks), x)
+        for f in (small_apply, jax.jit(small_apply)):
+            np.testing.assert_allclose(f(small, x), expected, rtol=1e-5, atol=1e-6)
+        one_by_one = jax.vmap(lambda a: small_apply(small, a[None])[0])(x)
+        np.testing.assert_allclose(one_by_one, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_training_goes_on_with_compact_optimizer_state() -> None:
+    case = norm_mlp()
+    x = inputs(case, 4)
+    masks = group_masks(dependency_graph(case.apply, case.params, x), case.params, 0.5)
+    plan = compaction(case.apply, case.params, masks, x)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
+
+    def step(params: Any, state: Any, apply: Any, masks: Any) -> Any:
+        grads = jax.grad(lambda p: jnp.sum(apply(p, x) ** 2))(params)
+        updates, state = optimizer.update(apply_masks(grads, masks), state, params)
+        return apply_masks(optax.apply_updates(params, updates), masks), state
+
+    full = apply_masks(case.params, masks)
+    full, state = step(full, optimizer.init(full), case.apply, masks)
+    small, small_state = plan.shrink(full), plan.shrink(state)
+    for _ in range(3):
+        full, state = step(full, state, case.apply, masks)
+        small, small_state = step(small, small_state, plan.apply, plan.masks)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        plan.expand(small),
+        full,
+    )
+
+
+def test_errors() -> None:
+    case = mlp()
+    masks = jax.tree.map(lambda w: jnp.ones(w.shape, bool), case.params)
+    with pytest.raises(ValueError, match="masks has no leaf 'logits', which params has"):
+        compact(case.apply, case.params, {"hidden": masks["hidden"]}, inputs(case, 2))
+    masks["hidden"] = masks["hidden"].at[:, 0].set(False)
+    small, apply = compact(case.apply, case.params, masks, inputs(case, 2))
+    assert small["hidden"].shape == (5, 7)
+    with pytest.raises(ValueError, match=r"leaf 'hidden' has shape \(5, 8\), the compact .*5, 7"):
+        apply(case.params, inputs(case, 2))
+    with pytest.raises(KeyError, match="no group 'x'; there are hidden"):
+        dependency_graph(case.apply, case.params, inputs(case, 2))["x"]
