@@ -331,11 +331,10 @@ def test_what_cannot_be_pruned(f: Callable[[Any], Any], reason: str) -> None:
         lambda x: jnp.split(jnp.concatenate([x, x], axis=1), 2, axis=1)[1],
         lambda x: jnp.where(jnp.arange(6)[None] < 3, x, 2 * x),
         lambda x: jax.random.bernoulli(jax.random.key(0), 0.5, x.shape).astype(x.dtype) * x,
-        lambda x: x * jnp.arange(6.0)[None],
+        lambda x: x * jnp.arange(1.0, 7.0)[None],
         lambda x: jnp.where(x > 0, x, 0.1 * x) + jnp.zeros(6)[None],
         lambda x: jax.jit(jnp.tanh)(jax.checkpoint(jnp.sin)(x)),
         lambda x: jax.vmap(jnp.tanh)(x),
-        lambda x: x.at[:].multiply(2.0),
         jax.nn.relu6,
         jax.nn.silu,
         jnp.abs,
@@ -363,7 +362,7 @@ def test_slow_variance_is_not_exact() -> None:
     for fast in (True, False):
         apply, params = of_module(Net(fast), (2, 5))
         graph = dependency_graph(apply, params, jnp.ones((2, 5)))
-        assert graph["params/Dense_0/kernel"].prunable is fast
+        assert graph["params/Dense_1/kernel"].prunable is fast
 
 
 def test_scores_of_units_by_hand() -> None:
@@ -497,7 +496,8 @@ def test_training_goes_on_with_compact_optimizer_state() -> None:
 
     def step(params: Any, state: Any, apply: Any, masks: Any) -> Any:
         grads = jax.grad(lambda p: jnp.sum(apply(p, x) ** 2))(params)
-        updates, state = optimizer.update(apply_masks(grads, masks), state, params)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = optimizer.update(apply_masks(grads, masks), state, params)
         return apply_masks(optax.apply_updates(params, updates), masks), state
 
     full = apply_masks(case.params, masks)

@@ -146,6 +146,8 @@ def _unknown(call: _Call, ins: list[Facts]) -> list[Facts]:
 
 def _elementwise(call: _Call, ins: list[Facts]) -> list[Facts]:
     shapes = [x.aval.shape for x in call.eqn.invars]
+    if any(len(shape) not in (0, len(call.out)) for shape in shapes):
+        return _unknown(call, ins)
     found = []
     for i, n in enumerate(call.out):
         # An operand of another size is broadcast along the axis: known whole, or not at all.

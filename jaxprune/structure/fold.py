@@ -131,7 +131,7 @@ def _sums(program: Program) -> dict[int, _Sum]:
         return number[x] if once(x) and x in number and x.aval.ndim == 1 else None
 
     found: dict[int, _Sum] = {}
-    for i, eqn in enumerate(eqns):
+    for eqn in eqns:
         if eqn.primitive.name != "dot_general" or not once(eqn.outvars[0]):
             continue
         sums, batch = eqn.params["dimension_numbers"]

@@ -15,8 +15,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
 from jaxprune.structure.axes import Axes, Axis, Product, Sum, freeze, fresh, reshape, split, unify
 
 ELEMENTWISE = frozenset(
-    "abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil "
-    "clamp complex conj convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc "
+    "abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e "
+    "bitcast_convert_type cbrt ceil clamp complex conj convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc "
     "exp exp2 expm1 floor ge gt igamma igammac imag integer_pow is_finite le lgamma log log1p "
     "logistic lt max min mul name ne neg nextafter not or polygamma population_count pow real "
     "reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic "
@@ -170,6 +170,8 @@ _REASONS = {
 
 def _elementwise(eqn: Any, ins: list[Axes]) -> list[Axes]:
     shape = eqn.outvars[0].aval.shape
+    if any(len(axes) not in (0, len(shape)) for axes in ins):  # a cast to another width
+        return _unknown(eqn, ins)
     operands = [
         (axes, x.aval.shape) for axes, x in zip(ins, eqn.invars, strict=True) if len(axes)
     ]  # fmt: skip
@@ -284,7 +286,7 @@ def _pad(eqn: Any, ins: list[Axes]) -> list[Axes]:
             freeze(axis, "padded between its indices, or cropped")
             out.append(fresh(n, "padded between its indices, or cropped"))
         else:
-            ends = [Sum(()) if not k else fresh(k, "padding") for k in (low, high)]
+            ends = [Sum(()) if not k else fresh(int(k), "padding") for k in (low, high)]
             out.append(Sum((ends[0], axis, ends[1])))
     return [tuple(out)]
 
