@@ -14,8 +14,8 @@ import numpy as np
 from jaxprune import trees
 from jaxprune.structure import axes as ax
 from jaxprune.structure.exact import Facts, nothing, zeros_at
-from jaxprune.structure.fold import fold_constants
 from jaxprune.structure.express import Keep, evaluate, kept_shape
+from jaxprune.structure.fold import fold_constants
 from jaxprune.structure.graph import Program, groups_of, trace_program
 from jaxprune.types import Apply, Masks, Params
 

@@ -146,6 +146,8 @@ def _unknown(call: _Call, ins: list[Facts]) -> list[Facts]:
 
 def _elementwise(call: _Call, ins: list[Facts]) -> list[Facts]:
     shapes = [x.aval.shape for x in call.eqn.invars]
+    if any(len(shape) not in (0, len(call.out)) for shape in shapes):
+        return _unknown(call, ins)
     found = []
     for i, n in enumerate(call.out):
         # An operand of another size is broadcast along the axis: known whole, or not at all.
@@ -298,6 +300,8 @@ def _conv(call: _Call, ins: list[Facts]) -> list[Facts]:
             if atom in within:
                 matter = call.sites.matter.setdefault(atom, np.zeros(atom.size, bool))
                 matter[index[(index >= 0) & ~neutral]] = True
+                if matter.any():
+                    call.sites.reasons.setdefault(atom, f"{call.name} sums over it")
     n = call.shape(1)[outputs]
     zeros: list[np.ndarray | None] = [None] * len(call.out)
     zeros[numbers.out_spec[0]] = x.equals(batch, call.shape(0)[batch])
@@ -485,13 +489,27 @@ def _program(eqn: Any, node: Node, i: int, ins: list[Facts], sites: Sites) -> li
         return _scan(eqn, inner[0], ins, sites)
     outs = interpret(inner[0], ins, sites)
     if len(inner) > 1:  # a derivative: what is constant has a tangent of zero
+        args = ins[eqn.params["num_consts"] :]
         tangents = [
             _tangent(facts, x.aval.dtype)
-            for facts, x in zip(ins, eqn.invars, strict=True)
-            if jnp.issubdtype(x.aval.dtype, np.inexact)
+            for facts, x in zip(args, trace.arguments(eqn), strict=True)
+            if trace.inexact(x)
         ]
-        interpret(inner[1], [*ins, *tangents], sites)
+        moving = iter(interpret(inner[1], [*args, *tangents], sites)[len(outs) :])
+        zero = trace.derivative_program(eqn)[2]
+        # A rule of its own may give what is constant a tangent all the same.
+        outs = [out if z else _at_rest(out, next(moving), x.aval.shape)
+                for out, z, x in zip(outs, zero, eqn.outvars, strict=True)]  # fmt: skip
     return outs
+
+
+def _at_rest(facts: Facts, tangent: Facts, shape: tuple[int, ...]) -> Facts:
+    found: list[Known | None] = []
+    for i, n in enumerate(shape):
+        known = facts.along(i, n)
+        found.append(None if known is None else (known[0] & tangent.equals(i, n), known[1]))
+    still = tangent.whole is not None and tangent.whole == 0
+    return Facts(tuple(found), facts.whole if still else None)
 
 
 def _tangent(facts: Facts, dtype: Any) -> Facts:

@@ -199,8 +199,10 @@ def _custom_jvp(call: _Call, values: list[Any]) -> list[Any]:
             ins = [node.of(x) for x in eqn.invars]
             rules.append(trace.derivative(eqn, ins, rules[0].outputs()))
         _, _, zero = trace.derivative_program(eqn)
-        used = [t for t, x in zip(tangents, eqn.invars, strict=True) if trace.inexact(x)]
-        outs = evaluate(rules[1], keep, [*primals, *used])
+        consts = eqn.params["num_consts"]
+        variables = zip(tangents[consts:], trace.arguments(eqn), strict=True)
+        used = [t for t, x in variables if trace.inexact(x)]
+        outs = evaluate(rules[1], keep, [*primals[consts:], *used])
         found, given = outs[: len(zero)], iter(outs[len(zero) :])
         return found, [
             _no_tangent(out) if z else next(given) for out, z in zip(found, zero, strict=True)

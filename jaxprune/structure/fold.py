@@ -45,21 +45,23 @@ def fold_constants(
     sums = _sums(program)
     if not sums:
         return False
+    gone: Keep = {}
+    for leaf, axis, atom, index in program.occurrences():
+        if np.ndim(leaves[leaf]) > 1 and atom.reason is None:
+            zero = facts[leaf].equals(axis, index.size)  # units that lost what enters them
+            units = np.zeros(atom.size, bool)
+            units[index[zero & (index >= 0)]] = True
+            units &= keep.get(atom, np.ones(atom.size, bool))
+            gone[atom] = gone.get(atom, units) | units
+    if not any(units.any() for units in gone.values()):
+        return False
     known = [
         Facts(((np.ones(leaf.size, bool), leaf),)) if np.ndim(leaf) == 1 and leaf.size else fact
         for leaf, fact in zip(leaves, facts, strict=True)
     ]
     sites = program.interpret(known, {eqn: s.operand for eqn, s in sums.items()})
-    gone: Keep = {}
-    for leaf, axis, atom, index in program.occurrences():
-        if np.ndim(leaves[leaf]) > 1 and atom.reason is None and atom in sites.matter:
-            zero = facts[leaf].equals(axis, index.size)  # units that lost what enters them
-            units = np.zeros(atom.size, bool)
-            units[index[zero & (index >= 0)]] = True
-            units &= ~sites.matter[atom] & keep.get(atom, np.ones(atom.size, bool))
-            gone[atom] = gone.get(atom, units) | units
-    if not any(units.any() for units in gone.values()):
-        return False
+    for atom in gone:
+        gone[atom] &= ~sites.matter.get(atom, np.ones(atom.size, bool))
     folded = False
     for eqn, s in sums.items():
         if eqn not in sites.constants:
@@ -131,7 +133,7 @@ def _sums(program: Program) -> dict[int, _Sum]:
         return number[x] if once(x) and x in number and x.aval.ndim == 1 else None
 
     found: dict[int, _Sum] = {}
-    for i, eqn in enumerate(eqns):
+    for eqn in eqns:
         if eqn.primitive.name != "dot_general" or not once(eqn.outvars[0]):
             continue
         sums, batch = eqn.params["dimension_numbers"]

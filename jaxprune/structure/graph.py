@@ -198,7 +198,7 @@ def groups_of(program: Program) -> dict[Atom, Group]:
     members = {a: found for a, found in members.items() if a.reason != KERNEL_WINDOW}
     reasons, masks_consumers = _prove(program, members)
     names = _names(members)
-    ordered = sorted(members, key=lambda atom: _first(members[atom])[0])
+    ordered = sorted(members, key=lambda atom: _place(members[atom]))
     return {
         atom: Group(
             names[atom],
@@ -251,6 +251,11 @@ def _prove(
 def _first(found: list[tuple[int, Member]]) -> tuple[int, Member]:
     """Return the leaf that a group is named after, and its member."""
     return next(((leaf, m) for leaf, m in found if "produces" in m.role), found[0])
+
+
+def _place(found: list[tuple[int, Member]]) -> tuple[int, int, int]:
+    leaf, member = _first(found)
+    return leaf, member.axis, int(np.argmax(member.index >= 0))
 
 
 def _names(members: dict[Atom, list[tuple[int, Member]]]) -> dict[Atom, str]:

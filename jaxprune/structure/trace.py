@@ -15,8 +15,9 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
 from jaxprune.structure.axes import Axes, Axis, Product, Sum, freeze, fresh, reshape, split, unify
 
 ELEMENTWISE = frozenset(
-    "abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil "
-    "clamp complex conj convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc "
+    "abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e "
+    "bitcast_convert_type cbrt ceil clamp complex conj convert_element_type copy copy_p cos cosh "
+    "digamma div eq erf erf_inv erfc "
     "exp exp2 expm1 floor ge gt igamma igammac imag integer_pow is_finite le lgamma log log1p "
     "logistic lt max min mul name ne neg nextafter not or polygamma population_count pow real "
     "reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic "
@@ -127,7 +128,8 @@ def follow(
 def derivative(eqn: Any, inputs: Sequence[Axes], outputs: Sequence[Axes]) -> Node:
     """Return the node of the derivative of a `custom_jvp`: of inputs and their tangents."""
     jaxpr, consts, zero = derivative_program(eqn)
-    inputs = [*inputs, *(a for a, x in zip(inputs, eqn.invars, strict=True) if inexact(x))]
+    inputs, variables = inputs[eqn.params["num_consts"] :], arguments(eqn)
+    inputs = [*inputs, *(a for a, x in zip(inputs, variables, strict=True) if inexact(x))]
     nowhere = [NO_LEAVES] * len(inputs)
     node = follow(ClosedJaxpr(jaxpr, consts), inputs, nowhere, Uses(), derivatives=False)
     tangents = [axes for axes, z in zip(outputs, zero, strict=True) if not z]
@@ -139,7 +141,12 @@ def derivative(eqn: Any, inputs: Sequence[Axes], outputs: Sequence[Axes]) -> Nod
 
 def derivative_program(eqn: Any) -> tuple[Jaxpr, Sequence[Any], Sequence[bool]]:
     """Return the derivative of a `custom_jvp`, its constants, and which tangents are zero."""
-    return eqn.params["jvp_jaxpr_fun"].call_wrapped(*(not inexact(x) for x in eqn.invars))
+    return eqn.params["jvp_jaxpr_fun"].call_wrapped(*(not inexact(x) for x in arguments(eqn)))
+
+
+def arguments(eqn: Any) -> list[Any]:
+    """Return the variables that a `custom_jvp` is differentiated by: all but its constants."""
+    return eqn.invars[eqn.params["num_consts"] :]
 
 
 def inexact(x: Any) -> bool:
@@ -170,6 +177,8 @@ _REASONS = {
 
 def _elementwise(eqn: Any, ins: list[Axes]) -> list[Axes]:
     shape = eqn.outvars[0].aval.shape
+    if any(len(axes) not in (0, len(shape)) for axes in ins):  # a cast to another width
+        return _unknown(eqn, ins)
     operands = [
         (axes, x.aval.shape) for axes, x in zip(ins, eqn.invars, strict=True) if len(axes)
     ]  # fmt: skip
@@ -284,7 +293,7 @@ def _pad(eqn: Any, ins: list[Axes]) -> list[Axes]:
             freeze(axis, "padded between its indices, or cropped")
             out.append(fresh(n, "padded between its indices, or cropped"))
         else:
-            ends = [Sum(()) if not k else fresh(k, "padding") for k in (low, high)]
+            ends = [Sum(()) if not k else fresh(int(k), "padding") for k in (low, high)]
             out.append(Sum((ends[0], axis, ends[1])))
     return [tuple(out)]
 
