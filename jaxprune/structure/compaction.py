@@ -5,6 +5,7 @@ and removed; what cannot be proven stays, masked. Training goes on with what com
 """
 
 import warnings
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 from jaxprune import trees
 from jaxprune.structure import axes as ax
 from jaxprune.structure.exact import Facts, nothing, zeros_at
-from jaxprune.structure.express import Keep, evaluate, kept_shape
+from jaxprune.structure.express import Keep, constant_atoms, evaluate, kept_shape
 from jaxprune.structure.fold import fold_constants
 from jaxprune.structure.graph import Program, groups_of, trace_program
 from jaxprune.types import Apply, Masks, Params
@@ -26,10 +27,11 @@ class Compaction:
     Attributes:
         params: the smaller parameters.
         masks: their masks, where units stay that have masked weights.
-        widths: for every group of the graph, by name, how many units it had and has.
+        signature: networks of one `apply` and one signature are the same function of their
+            parameters, so that what was compiled for one serves the others.
     """
 
-    def __init__(self, apply: Apply, params: Params, masks: Masks, x: Any):
+    def __init__(self, apply: Apply, params: Params, masks: Masks, x: Any, *, fold: bool):
         trees.check_match("masks", masks, "params", params)
         self._full_apply = apply
         self._tree = jax.tree.structure(params)
@@ -37,29 +39,40 @@ class Compaction:
         self._programs: dict[Any, tuple[Program, Keep]] = {}
         self._shapes = {path: jnp.shape(leaf) for path, leaf in trees.paths_and_leaves(params)}
         program = trace_program(apply, params, x)
-        groups = groups_of(program)
         pairs = zip(jax.tree.leaves(params), self._masks, strict=True)
         leaves = [_masked(leaf, mask) for leaf, mask in pairs]
         while True:
             keep, emptied = _removable(program, self._masks)
             facts = _facts(program, self._masks, keep)
-            if not fold_constants(program, leaves, self._masks, facts, keep):
+            if not (fold and fold_constants(program, leaves, self._masks, facts, keep)):
                 break
+        self._program_kept = program, keep
         for atom in emptied:
             warnings.warn(
-                f"every unit of {groups[atom].name!r} is without effect; one is kept, as zeros",
+                f"every unit of {groups_of(program)[atom].name!r} is without effect; one is kept, "
+                "as zeros",
                 stacklevel=4,
             )
         self._kept = {
             path: tuple(ax.kept(axis, keep) for axis in axes)
             for path, axes in zip(program.paths, program.axes, strict=True)
         }
-        self.widths = {
-            group.name: (group.size, int(np.count_nonzero(keep.get(atom, np.ones(group.size)))))
-            for atom, group in groups.items()
-        }
+        shapes = tuple(self._small(path) for path in self._shapes)
+        self.signature = (
+            shapes,
+            tuple(keep[atom].tobytes() for atom in constant_atoms(program.node) if atom in keep),
+        )
         self.params = self.shrink(jax.tree.unflatten(self._tree, leaves))
         self.masks = self.shrink(jax.tree.unflatten(self._tree, self._masks))
+
+    @cached_property
+    def widths(self) -> dict[str, tuple[int, int]]:
+        """For every group of the graph, by name, how many units it had and has."""
+        program, keep = self._program_kept
+        return {
+            group.name: (group.size, int(np.count_nonzero(keep.get(atom, np.ones(group.size)))))
+            for atom, group in groups_of(program).items()
+        }
 
     def apply(self, params: Params, x: Any) -> Any:
         """Return what the masked network returns, of parameters of the smaller shapes.
@@ -154,14 +167,24 @@ class Compaction:
         return program, keep
 
 
-def compaction(apply: Apply, params: Params, masks: Masks, x: Any) -> Compaction:
+def compaction(
+    apply: Apply, params: Params, masks: Masks, x: Any, *, fold: bool = True
+) -> Compaction:
     """Remove all units that masks leave without effect; see `compact`.
+
+    Args:
+        apply: the network.
+        params: its parameters.
+        masks: the same tree and shapes, bool.
+        x: inputs to trace with.
+        fold: whether units that have become constants may move into the next bias: the function
+            stays, but trains otherwise than the masked network does.
 
     Returns:
         The smaller `params`, their `apply`, the `widths`, and `shrink` and `expand` for optimizer
         state and whatever else has the shapes of the parameters.
     """
-    return Compaction(apply, params, masks, x)
+    return Compaction(apply, params, masks, x, fold=fold)
 
 
 def compact(apply: Apply, params: Params, masks: Masks, x: Any) -> tuple[Params, Apply]:

@@ -79,6 +79,19 @@ def _kept_size(axis: ax.Axis, keep: Keep) -> int:
     return ax.size(axis) if positions is None else int(np.count_nonzero(positions))
 
 
+def constant_atoms(node: Node) -> list[Atom]:
+    """Return the atoms of what a program has besides its inputs, in order."""
+    axes = [node.axes[var] for var in node.jaxpr.constvars]
+    for eqn in node.jaxpr.eqns:
+        axes += [node.of(x) for x in eqn.invars if isinstance(x, Literal)]
+        if eqn.primitive.name in trace.SOURCES:
+            axes += [node.of(x) for x in eqn.outvars]
+    found = [atom for one in axes for axis in one for atom in ax.atoms(axis)]
+    for inner in node.inner.values():
+        found += [atom for one in inner for atom in constant_atoms(one)]
+    return found
+
+
 def _bind(eqn: Any, values: list[Any], params: dict[str, Any]) -> list[Any]:
     outs = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(params))
     return list(outs) if eqn.primitive.multiple_results else [outs]

@@ -187,7 +187,7 @@ class _Sweep:
         self.targets = [config.sparsity_of_level(level) for level in self.pruned]
         self.dense_epochs, self.pruning_epochs, _ = config.phases(epochs)
         self.steps = len(data.train.y) // batch_size
-        self.step_seconds: dict[int, float] = {}  # of a training step, by the number of levels
+        self.step_seconds: dict[tuple[int, bool], float] = {}  # by number of levels, and masked
 
         self.programs = Programs(
             apply, optimizer, scores, methods, scope, prunable,
@@ -324,7 +324,7 @@ class _Sweep:
         counts = sparsity.counts(params, self.targets, **self.options(method))
         masks, mask_seconds = self.programs.select[method](params, counts)
         stacked = _stack(params, len(self.pruned))
-        (scored, _), eval_seconds = self.evaluate(stacked, masks, reference)
+        (scored, _), eval_seconds = self.evaluate(stacked, masks, reference, method)
         sizes = sizes_of(masks, self.prunable, self.remaining)
         seconds = {"mask_seconds": mask_seconds, "eval_seconds": eval_seconds}
         identity = self.identity("one_shot", method, seed, epoch)
@@ -360,11 +360,19 @@ class _Sweep:
         for epoch in range(max(start, self.dense_epochs) + 1, self.epochs + 1):
             first = (epoch - self.dense_epochs - 1) * self.steps
             due = {step - first: n for step, n in updates.items() if 0 <= step - first < self.steps}
-            state, masks, seconds = self.train_epoch(
-                state, masks, seed, "trained", method, epoch, due
-            )
+            where = seed, "trained", method, epoch
+            if due or method != "unit":
+                state, masks, seconds = self.train_epoch(state, masks, *where, due)
+            else:  # the masks stay, and so do the smaller networks
+                smaller = self.programs.smaller(
+                    state.params, masks, self.data.val.x[:2], fold=False
+                )
+                levels, _, seconds = self.train_epoch(
+                    smaller.shrink(state), smaller.masks, *where, {}, smaller.train
+                )
+                state = smaller.expand(levels)
             (scored, _), seconds["eval_seconds"] = self.evaluate(
-                state.params, masks, predictions[epoch - 1]
+                state.params, masks, predictions[epoch - 1], method
             )
             self.check_finite(scored.val_loss, seed, "trained", method, epoch)
             sizes = sizes_of(masks, self.prunable, self.remaining)
@@ -376,10 +384,13 @@ class _Sweep:
             )  # fmt: skip
 
     def train_epoch(
-        self, state: TrainState, masks: Masks, seed: int, protocol: str, method: str, epoch: int,
-        updates: dict[int, Counts],
-    ) -> tuple[TrainState, Masks, dict[str, float]]:  # fmt: skip
-        """Train all levels for an epoch, with the updates of the masks that are due in it."""
+        self, state: Any, masks: Any, seed: int, protocol: str, method: str, epoch: int,
+        updates: dict[int, Counts], train_some: Callable | None = None,
+    ) -> tuple[Any, Any, dict[str, float]]:  # fmt: skip
+        """Train all levels for an epoch, with the updates of the masks that are due in it.
+
+        `state` and `masks` are what `train_some` takes, by default the program of all levels.
+        """
         levels = self.pruned if protocol == "trained" else (0.0,)
         train, seconds = self.data.train, {"train_seconds": 0.0, "mask_seconds": 0.0}
         key = jax.random.fold_in(_keys(seed)[1], epoch)
@@ -391,13 +402,14 @@ class _Sweep:
                     state.params, masks, updates[step]
                 )
                 seconds["mask_seconds"] += elapsed
-            wanted = max(1, int(_CALL_SECONDS / self.step_seconds.get(len(levels), _CALL_SECONDS)))
+            kind = len(levels), train_some is None
+            wanted = max(1, int(_CALL_SECONDS / self.step_seconds.get(kind, _CALL_SECONDS)))
             stop = min([self.steps, step + wanted, *(u for u in updates if u > step)])
-            (state, losses), elapsed = self.programs.train(
+            (state, losses), elapsed = (train_some or self.programs.train)(
                 state, masks, train.x, train.y, batches, np.int32(step), np.int32(stop)
             )
             seconds["train_seconds"] += elapsed
-            self.step_seconds[len(levels)] = elapsed / (stop - step)
+            self.step_seconds[kind] = elapsed / (stop - step)
             losses = np.asarray(losses)[:, step:stop].mean(axis=1)
             self.check_finite(losses, seed, protocol, method, epoch)
             examples = (stop - step) * self.batch_size * len(levels)
@@ -415,11 +427,19 @@ class _Sweep:
             step = stop
         return state, masks, seconds
 
-    def evaluate(self, params: Params, masks: Masks, reference: Any) -> tuple[Any, float]:
+    def evaluate(
+        self, params: Params, masks: Masks, reference: Any, method: str = "weight"
+    ) -> tuple[Any, float]:
         """Score stacked networks: (metrics, predictions), and the seconds it took."""
         val, test = self.data.val, self.data.test
         self.worked += len(jax.tree.leaves(masks)[0]) * (len(val.y) + len(test.y))
-        return self.programs.score(params, masks, val, test, reference)
+        if method != "unit":
+            return self.programs.score(params, masks, val, test, reference)
+        started = time.perf_counter()
+        smaller = self.programs.smaller(params, masks, val.x[:2], fold=True)
+        seconds = time.perf_counter() - started
+        scored, elapsed = smaller.score(val, test, reference)
+        return scored, seconds + elapsed
 
     def check_finite(self, losses: Any, seed: int, protocol: str, method: str, epoch: int) -> None:
         """Raise `config.TrainingDiverged` if a level's loss is not finite."""
