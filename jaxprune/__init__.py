@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from jaxprune.results import load_run
     from jaxprune.scores import magnitude
     from jaxprune.sparsity import counts, num_pruned
+    from jaxprune.structure import compact, compaction, dependency_graph, group_masks
     from jaxprune.study import prune_curve, run_sweep
     from jaxprune.train import make_train
 
@@ -22,8 +23,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "apply_masks",
+    "compact",
+    "compaction",
     "counts",
+    "dependency_graph",
     "evaluate_levels",
+    "group_masks",
     "load_run",
     "magnitude",
     "make_train",
@@ -38,8 +43,12 @@ __all__ = [
 
 _MODULES = {
     "apply_masks": "masks",
+    "compact": "structure",
+    "compaction": "structure",
     "counts": "sparsity",
+    "dependency_graph": "structure",
     "evaluate_levels": "evaluate",
+    "group_masks": "structure",
     "load_run": "results",
     "magnitude": "scores",
     "make_train": "train",

@@ -518,7 +518,7 @@ def _tangent(facts: Facts, dtype: Any) -> Facts:
 
 
 def _scan(eqn: Any, body: Node, ins: list[Facts], sites: Sites) -> list[Facts]:
-    consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carries = trace.scan_sizes(eqn)
     invars: list[Any] = body.jaxpr.invars
     shapes = [x.aval.shape for x in invars]
     carry = ins[consts : consts + carries]

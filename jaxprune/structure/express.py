@@ -180,7 +180,7 @@ def _remat(call: _Call, values: list[Any]) -> list[Any]:
 
 def _scan(call: _Call, values: list[Any]) -> list[Any]:
     params = call.eqn.params
-    consts, carries = params["num_consts"], params["num_carry"]
+    consts, carries = trace.scan_sizes(call.eqn)
 
     def body(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
         outs = evaluate(call.inner, call.keep, [*values[:consts], *carry, *x])

@@ -62,6 +62,8 @@ def fold_constants(
     sites = program.interpret(known, {eqn: s.operand for eqn, s in sums.items()})
     for atom in gone:
         gone[atom] &= ~sites.matter.get(atom, np.ones(atom.size, bool))
+        if not (keep.get(atom, np.ones(atom.size, bool)) & ~gone[atom]).any():
+            gone[atom][:] = False  # one would stay, and it must go on to learn as it did
     folded = False
     for eqn, s in sums.items():
         if eqn not in sites.constants:

@@ -53,7 +53,7 @@ class Node:
 
     def of(self, x: Any) -> Axes:
         """Return the axes of a variable, or of a literal."""
-        return fresh_axes(x.aval.shape) if isinstance(x, Literal) else self.axes[x]
+        return self.axes[x] if not isinstance(x, Literal) else fresh_axes(np.shape(x.val))
 
     def outputs(self) -> list[Axes]:
         """Return the axes of the results."""
@@ -427,16 +427,32 @@ def _custom_jvp(
     return outs, [*nodes, derivative(eqn, ins, outs)] if derivatives else nodes
 
 
+def scan_sizes(eqn: Any) -> tuple[int, int]:
+    """Return how many constants and how many carries a scan has.
+
+    Told by the ranks within and outside, since the parameters that say so differ between versions.
+    """
+    body = eqn.params["jaxpr"]
+    body = body.jaxpr if isinstance(body, ClosedJaxpr) else body
+
+    def same(outside: list[Any], within: list[Any]) -> int:
+        pairs = zip(outside, within, strict=True)
+        return sum(len(a.aval.shape) == len(b.aval.shape) for a, b in pairs)
+
+    carries = same(eqn.outvars, body.outvars)
+    return same(eqn.invars, body.invars) - carries, carries
+
+
 def _scan(
     eqn: Any, ins: list[Axes], leaves: list[frozenset[int]], uses: Uses, derivatives: bool
 ) -> tuple[list[Axes], list[Node]]:
-    consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carries = scan_sizes(eqn)
     for axes in ins[consts + carries :]:
         freeze(axes[0], "a scan runs over it")
     body_ins = [*ins[: consts + carries], *(axes[1:] for axes in ins[consts + carries :])]
     # What a carry is computed from is known only after the first step.
     leaves = [NO_LEAVES if consts <= i < consts + carries else o for i, o in enumerate(leaves)]
-    node = follow(eqn.params["jaxpr"], body_ins, leaves, uses, derivatives=derivatives)
+    node = follow(closed_call(eqn), body_ins, leaves, uses, derivatives=derivatives)
     outs = node.outputs()
     for before, after in zip(ins[consts : consts + carries], outs[:carries], strict=True):
         for a, b in zip(before, after, strict=True):

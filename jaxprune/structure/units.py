@@ -59,7 +59,7 @@ def group_masks(
         >>> def apply(params, x):
         ...     return jax.nn.relu(x @ params["hidden"]) @ params["logits"]
         >>> params = {"hidden": jnp.array([[3.0, 1.0]]), "logits": jnp.ones((2, 2))}
-        >>> graph = dependency_graph(apply, params, jnp.ones((5, 1)))
+        >>> graph = jp.dependency_graph(apply, params, jnp.ones((5, 1)))
         >>> group_masks(graph, params, 0.5)["hidden"].tolist()
         [[True, False]]
     """
