@@ -4,6 +4,7 @@ All levels run in one program, under masks; or each as the smaller network that 
 """
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -117,7 +118,10 @@ class Programs:
         each = [
             jax.tree.map(lambda a, i=i: a[i], host) for i in range(len(jax.tree.leaves(masks)[0]))
         ]
-        networks = [structure.compaction(self._apply, p, m, x, fold=fold) for p, m in each]
+        with warnings.catch_warnings():
+            # A sweep warns of it itself, once.
+            warnings.filterwarnings("ignore", "every unit of .* is without effect")
+            networks = [structure.compaction(self._apply, p, m, x, fold=fold) for p, m in each]
         return Smaller(networks, self)
 
     def of_widths(self, network: structure.Compaction) -> tuple[Program, Program]:
@@ -164,16 +168,14 @@ class Smaller:
             seconds += elapsed
         return ([state for state, _ in found], np.concatenate([loss for _, loss in found])), seconds
 
-    def score(
-        self, val: Split, test: Split, reference: Array
-    ) -> tuple[tuple[Metrics, np.ndarray], float]:
+    def score(self, val: Split, test: Split, reference: Any) -> tuple[tuple[Metrics, Array], float]:
         """Score as `Programs.score`."""
         found, seconds = [], 0.0
         for (_, score), *level in zip(self._pairs, self.params, self.masks, strict=True):
             result, elapsed = score(*level, val, test, reference)
             found.append(result)
             seconds += elapsed
-        return jax.tree.map(lambda *values: np.concatenate(values), *found), seconds
+        return jax.tree.map(lambda *values: jnp.concatenate(values), *found), seconds
 
 
 def _stacked(tree: Any) -> Any:

@@ -112,6 +112,11 @@ class Record:
         sums = self.config["seconds"]
         sums[name] = sums.get(name, 0.0) + seconds
 
+    def add_compilation(self, seconds: float) -> None:
+        """Count a compiled program in `config.json`, and its wall time."""
+        self.add_seconds("compilation", seconds)
+        self.config["compilations"] = self.config.get("compilations", 0) + 1
+
     def resume(
         self, group: str, final: set[str], state: set[str], expected: Callable[[int], int]
     ) -> int:

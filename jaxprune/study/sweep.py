@@ -191,7 +191,7 @@ class _Sweep:
 
         self.programs = Programs(
             apply, optimizer, scores, methods, scope, prunable,
-            lambda seconds: record.add_seconds("compilation", seconds),
+            record.add_compilation,
         )  # fmt: skip
 
     def options(self, method: Granularity) -> dict[str, Any]:
@@ -324,7 +324,9 @@ class _Sweep:
         counts = sparsity.counts(params, self.targets, **self.options(method))
         masks, mask_seconds = self.programs.select[method](params, counts)
         stacked = _stack(params, len(self.pruned))
-        (scored, _), eval_seconds = self.evaluate(stacked, masks, reference, method)
+        (scored, _), eval_seconds = self.evaluate(
+            stacked, masks, reference, smaller=method == "unit"
+        )
         sizes = sizes_of(masks, self.prunable, self.remaining)
         seconds = {"mask_seconds": mask_seconds, "eval_seconds": eval_seconds}
         identity = self.identity("one_shot", method, seed, epoch)
@@ -371,8 +373,10 @@ class _Sweep:
                     smaller.shrink(state), smaller.masks, *where, {}, smaller.train
                 )
                 state = smaller.expand(levels)
+            # The widths between two updates are not worth compiling for.
+            final = method == "unit" and not any(step >= first + self.steps for step in updates)
             (scored, _), seconds["eval_seconds"] = self.evaluate(
-                state.params, masks, predictions[epoch - 1], method
+                state.params, masks, predictions[epoch - 1], smaller=final
             )
             self.check_finite(scored.val_loss, seed, "trained", method, epoch)
             sizes = sizes_of(masks, self.prunable, self.remaining)
@@ -428,17 +432,20 @@ class _Sweep:
         return state, masks, seconds
 
     def evaluate(
-        self, params: Params, masks: Masks, reference: Any, method: str = "weight"
+        self, params: Params, masks: Masks, reference: Any, *, smaller: bool = False
     ) -> tuple[Any, float]:
-        """Score stacked networks: (metrics, predictions), and the seconds it took."""
+        """Score stacked networks: (metrics, predictions), and the seconds it took.
+
+        `smaller`: each as what is left of it, where units are pruned.
+        """
         val, test = self.data.val, self.data.test
         self.worked += len(jax.tree.leaves(masks)[0]) * (len(val.y) + len(test.y))
-        if method != "unit":
+        if not smaller:
             return self.programs.score(params, masks, val, test, reference)
         started = time.perf_counter()
-        smaller = self.programs.smaller(params, masks, val.x[:2], fold=True)
+        networks = self.programs.smaller(params, masks, val.x[:2], fold=True)
         seconds = time.perf_counter() - started
-        scored, elapsed = smaller.score(val, test, reference)
+        scored, elapsed = networks.score(val, test, reference)
         return scored, seconds + elapsed
 
     def check_finite(self, losses: Any, seed: int, protocol: str, method: str, epoch: int) -> None:
