@@ -29,8 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxprune import config, data, metrics, models, sparsity
-from jaxprune.masks import masks_at
+from jaxprune import config, data, metrics, models, sparsity, structure
+from jaxprune.masks import apply_masks, masks_at
 from jaxprune.scores import magnitude
 from jaxprune.study.curve import keep_all
 from jaxprune.study.programs import Programs
@@ -42,6 +42,8 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 BATCH_SIZE = 128
 TRAINED_STEPS = 300  # of the network that is pruned and evaluated
 TIMED_STEPS = 100  # of the training that is compared with PyTorch's
+INFERENCE_BATCH = 256
+COMPACT_GOALS = {50.0: 2.5, 80.0: 8, 90.0: 15}  # how many times faster, by the level
 Ask = Callable[..., Any]  # `ask(op, **arguments)` has PyTorch's process do something
 
 
@@ -214,6 +216,58 @@ class Benchmark:
             lambda: self.programs.score(*args)[1], "matmul", lambda rate: flop / rate,
         )  # fmt: skip
 
+    def measure_smaller(self) -> None:
+        """Compare what unit pruning leaves, compacted, with the same under masks."""
+        x = self.data.test.x[:INFERENCE_BATCH]
+        masked = jax.jit(lambda params, masks, x: self.apply(apply_masks(params, masks), x))
+        for level, goal in COMPACT_GOALS.items():
+            i = config.LEVELS.index(level)
+            masks = jax.tree.map(lambda leaf, i=i: leaf[i], self.masks["unit"])
+            network = structure.compaction(self.apply, self.params, masks, x)
+            small = jax.jit(network.apply)
+            whole = masked(self.params, masks, x)
+            if np.max(np.abs(small(network.params, x) - whole)) > 1e-5 * np.max(np.abs(whole)):
+                raise ArithmeticError(f"the network without {level:g}% of its units is another")
+            size, full = (sum(w.nbytes for w in jax.tree.leaves(tree))
+                          for tree in (network.params, self.params))  # fmt: skip
+            self.compare(
+                f"inference without {level:g}% of the units, batch {INFERENCE_BATCH}, "
+                f"bytes / {full / size:.1f}", f">= {goal} x",
+                lambda: median(clock(small, network.params, x)[1] for _ in range(30)),  # noqa: B023
+                "masked",
+                lambda _: median(clock(masked, self.params, masks, x)[1] for _ in range(30)),  # noqa: B023
+            )  # fmt: skip
+
+        val, test, levels = self.data.val, self.data.test, len(self.targets)
+        stacked = self.start(levels)
+
+        def by(method: Granularity) -> float:
+            started = time.perf_counter()
+            if method == "weight":
+                self.programs.score(stacked, self.masks["weight"], val, test, None)
+            else:  # reading the program and taking the units out included
+                networks = self.programs.smaller(stacked, self.masks["unit"], x[:2], fold=True)
+                networks.score(val, test, None)
+            return time.perf_counter() - started
+
+        self.compare(
+            f"evaluation of {levels} unit levels", ">= 3 x", lambda: by("unit"),
+            f"{levels} weight levels", lambda _: by("weight"),
+        )  # fmt: skip
+        pruned = jax.tree.map(lambda leaf: leaf[1:], self.masks["unit"])
+        steps = max(1, round(self.epoch_steps / UPDATES_PER_EPOCH))
+        self.start(levels - 1)
+        state = self.state
+        networks = self.programs.smaller(state.params, pruned, x[:2], fold=False)
+        batches = batch_indices(jax.random.key(0), len(self.data.train.y), BATCH_SIZE)
+        args = *self.data.train, batches, np.int32(0), np.int32(steps)
+        smaller = networks.shrink(state)
+        self.compare(
+            f"training of {levels - 1} unit levels, pruned, {steps} steps", ">= 3.3 x",
+            lambda: networks.train(smaller, networks.masks, *args)[1],
+            "masked", lambda _: self.programs.train(state, pruned, *args)[1],
+        )  # fmt: skip
+
     def measure_masked_training(self) -> None:
         """Train after the last but one update of the masks, then make the last one."""
         pruned = [target for target in self.targets if target]
@@ -243,6 +297,7 @@ class Benchmark:
 def spread(values: Sequence[float], unit: str) -> str:
     """Return the median, the range and the unit; a dash for no values."""
     scale, digits = {"s": (1, 3), "x": (1, 2), "%": (100, 1), "GFLOP/s": (1e-9, 1)}[unit]
+    digits += 2 * (unit == "s" and bool(values) and median(values) < 0.1)
     numbers = [f"{f(values) * scale:.{digits}f}" for f in (median, min, max) if values]
     return "{} ({}-{}) {}".format(*numbers, unit) if values else "-"
 
@@ -276,6 +331,7 @@ def run(
         bench.measure_epoch(ask)
     bench.measure_evaluation()
     bench.measure_masked_training()
+    bench.measure_smaller()
     info = Path("/proc/cpuinfo")
     found = re.findall("model name.*: (.*)", info.read_text()) if info.exists() else []
     device = f"{CORES} cores of {(found or ['?'])[0]}, load {load:.1f} at the start"

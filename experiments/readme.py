@@ -145,11 +145,11 @@ def speed_table(timed: dict) -> str:
         if ratios:
             low, middle, high = (f"{f(ratios):.{digits}f}" for f in (min, median, max))
             cells = [
-                f"{row['other']} {median(row['theirs']):.3f} s",
+                f"{row['other']} {_seconds(row['theirs'])}",
                 f"{middle} ({low}–{high}) {unit}",
             ]
         lines.append(
-            f"| {row['name']} | {median(row['seconds']):.3f} s | {cells[0]} | {cells[1]} | "
+            f"| {row['name']} | {_seconds(row['seconds'])} | {cells[0]} | {cells[1]} | "
             f"{row['goal']} |"
         )
     versions = ", ".join(f"{name} {version}" for name, version in timed["versions"].items())
@@ -167,6 +167,11 @@ def speed_table(timed: dict) -> str:
             *lines,
         ]
     )
+
+
+def _seconds(times: Sequence[float]) -> str:
+    middle = median(times)
+    return f"{middle:.2f} s" if middle >= 0.1 else f"{1000 * middle:.3g} ms"
 
 
 def values(

@@ -73,6 +73,7 @@ def test_masks_by_argsort():
 
 def test_spread():
     assert benchmark.spread([3.0, 1.0, 2.0], "s") == "2.000 (1.000-3.000) s"
+    assert benchmark.spread([0.003, 0.001, 0.002], "s") == "0.00200 (0.00100-0.00300) s"
     assert benchmark.spread([0.8, 0.9], "%") == "85.0 (80.0-90.0) %"
     assert benchmark.spread([120e9], "GFLOP/s") == "120.0 (120.0-120.0) GFLOP/s"
     assert benchmark.spread([], "x") == "-"
@@ -103,13 +104,14 @@ def test_run_without_pytorch(small, capsys):
     assert "784-20-10" in printed and "`make benchmark`" in printed
     assert json.loads(json.dumps(numbers)) == numbers
     names = "masks training evaluation masked update update".split()
+    names += ["inference"] * 3 + ["evaluation", "training"]
     assert [row["name"].split()[0] for row in numbers["rows"]] == names
     for row in numbers["rows"]:
         assert len(row["seconds"]) == 2 and min(row["seconds"]) > 0
         compared = 0 if row["other"] == "PyTorch" else 2
         assert len(row["theirs"]) == len(row["ratios"]) == compared
         assert len(row["rates"]) == (0 if row["other"] == "training" else 4)
-    evaluation, training, *updates = numbers["rows"][2:]
+    evaluation, training, *updates = numbers["rows"][2:6]
     for row, flop in (
         (evaluation, 2 * 10 * (100 + 150) * (784 * 20 + 20 * 10)),
         (training, 2 * 9 * 128 * (2 * 784 * 20 + 3 * 20 * 10)),
