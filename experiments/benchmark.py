@@ -33,8 +33,8 @@ from jaxprune import config, data, metrics, models, sparsity, structure
 from jaxprune.masks import apply_masks, masks_at
 from jaxprune.scores import magnitude
 from jaxprune.study.curve import keep_all
+from jaxprune.study.groups import UPDATES_PER_EPOCH
 from jaxprune.study.programs import Programs
-from jaxprune.study.sweep import UPDATES_PER_EPOCH
 from jaxprune.train import batch_indices, init_state
 from jaxprune.types import Counts, Granularity, Masks, Params
 

@@ -172,6 +172,36 @@ def calibration_and_churn(rows: Sequence[Row], *, note: str = "") -> Figure | No
     return _finish(fig, rows, note, [Line2D([], [], **look) for look in looks])
 
 
+@style.context(_STYLE, after_reset=True)
+def widths(before_after: Mapping[str, tuple[int, int]], *, note: str = "") -> Figure:
+    """Draw the units of every group of a network before and after compaction, a bar each.
+
+    Args:
+        before_after: what `structure.Compaction.widths` holds.
+        note: for the footnote.
+
+    Raises:
+        ValueError: there are no groups.
+    """
+    if not before_after:
+        raise ValueError("widths needs at least one group, got none")
+    names, pairs = [*before_after], [*before_after.values()]
+    fig = Figure(figsize=(6.8, 0.9 + 0.19 * len(names)), layout="constrained")
+    ax = fig.subplots()
+    places = np.arange(len(names))
+    ax.barh(places, [old for old, _ in pairs], color="0.85", label="before")
+    ax.barh(places, [new for _, new in pairs], 0.5, color="#0072B2", label="after")
+    for place, (old, new) in zip(places, pairs, strict=True):
+        ax.text(old, place, f" {new} of {old}", va="center", fontsize=6.5)
+    ax.set(yticks=places, yticklabels=names, xlabel="units", ylim=(len(names) - 0.4, -0.6))
+    ax.set_xlim(0, 1.15 * max(old for old, _ in pairs))
+    ax.grid(axis="y", visible=False)
+    fig.legend(loc="outside upper center", ncols=2)
+    if note:
+        fig.supxlabel(textwrap.fill(note, 130), x=0.01, ha="left", fontsize=6.5, color="0.3")
+    return fig
+
+
 def draw_figures(rows: Sequence[Row], *, note: str = "") -> dict[str, Figure]:
     """Draw every figure that the rows allow; return them by name."""
     figures = {

@@ -366,3 +366,14 @@ def test_colors_tell_the_methods_apart_in_grey() -> None:
         for curve in ax.lines[:4]
     }
     assert len(looks) == 4
+
+
+def test_widths_before_and_after() -> None:
+    figure = drawn(figures.widths({"stem": (16, 4), "logits": (10, 10)}, note="a network"))
+    (ax,) = figure.axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["stem", "logits"]
+    lengths = [bar.get_width() for bar in ax.patches]  # type: ignore[attr-defined]
+    assert lengths == [16, 10, 4, 10]
+    assert [text.get_text() for text in ax.texts] == [" 4 of 16", " 10 of 10"]
+    with pytest.raises(ValueError, match="at least one group"):
+        figures.widths({})

@@ -16,10 +16,15 @@ def rows():
     return results.read_csv(ROOT / "figures" / "results.csv")
 
 
-def test_the_example_runs(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    exec(compile(code, "README.md", "exec"), {})
+def test_the_examples_run(capsys):
+    first, second = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names: dict = {}
+    exec(compile(first, "README.md", "exec"), names)
     printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    exec(compile(second, "README.md", "exec"), names)
+    assert names["plan"].widths["params/layers_0/kernel"] == (8, 4)
+    assert names["small"]["params"]["layers_3"]["kernel"].shape == (4 * 784, 10)
+    assert names["opt_state"][0].mu["params"]["layers_3"]["kernel"].shape == (4 * 784, 10)
     assert [(method, float(level)) for method, level, *_ in printed] == [
         (method, level) for method in ("weight", "unit") for level in (0, 0.5, 0.9, 0.99)
     ]

@@ -6,6 +6,7 @@ that goes on where it was stopped. `experiments/sweep.py` is a thin command on `
 
 from jaxprune.config import TrainingDiverged
 from jaxprune.study.curve import prune_curve
-from jaxprune.study.sweep import Progress, run_sweep
+from jaxprune.study.groups import Progress
+from jaxprune.study.sweep import run_sweep
 
 __all__ = ["Progress", "TrainingDiverged", "prune_curve", "run_sweep"]
