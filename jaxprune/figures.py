@@ -191,7 +191,7 @@ def widths(before_after: Mapping[str, tuple[int, int]], *, note: str = "") -> Fi
     places = np.arange(len(names))
     ax.barh(places, [old for old, _ in pairs], color="0.85", label="before")
     ax.barh(places, [new for _, new in pairs], 0.5, color="#0072B2", label="after")
-    for place, (old, new) in zip(places, pairs, strict=True):
+    for place, (old, new) in enumerate(pairs):
         ax.text(old, place, f" {new} of {old}", va="center", fontsize=6.5)
     ax.set(yticks=places, yticklabels=names, xlabel="units", ylim=(len(names) - 0.4, -0.6))
     ax.set_xlim(0, 1.15 * max(old for old, _ in pairs))
