@@ -5,7 +5,7 @@ units and `compaction` removes them.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -37,12 +37,14 @@ class Member:
     index: np.ndarray
     role: str
 
-    def __str__(self) -> str:
+    @property
+    def place(self) -> str:
+        """The axis, and where on it the units are."""
         at = np.flatnonzero(self.index >= 0)
         each = at.size // (self.index.max() + 1)
         some = "" if at.size == self.index.size else f" from {at[0]} to {at[-1]}"
         many = "" if each == 1 else f", {each} a unit"
-        return f"{self.path} axis {self.axis}{some}{many}: {self.role}"
+        return f"axis {self.axis}{some}{many}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +75,7 @@ class Group:
         return self.reason is None
 
     def __str__(self) -> str:
-        state = "prunable" if self.prunable else self.reason
-        inside = f", within {self.within}" if self.within else ""
-        lines = [f"{self.name}: {self.size} units, {state}{inside}"]
-        return "\n  ".join([*lines, *map(str, self.members)])
+        return _table([self])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +97,19 @@ class Graph:
         raise KeyError(f"no group {name!r}; there are {', '.join(g.name for g in self.groups)}")
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.groups))
+        return _table(self.groups)
+
+
+def _table(groups: Sequence[Group]) -> str:
+    """Lay out a line a group, and below it a line a member."""
+    lines = []
+    for group in groups:
+        state = "prunable" if group.prunable else f"not prunable: {group.reason}"
+        inside = f", within {group.within}" if group.within else ""
+        lines.append((group.name, f"{group.size} units", state + inside))
+        lines += [(f"  {m.path}", m.place, m.role) for m in group.members]
+    widths = [max((len(line[i]) for line in lines), default=0) for i in (0, 1)]
+    return "\n".join(f"{a:{widths[0]}}  {b:{widths[1]}}  {c}" for a, b, c in lines)
 
 
 @dataclasses.dataclass
@@ -174,9 +185,9 @@ def dependency_graph(apply: Apply, params: Params, x: Any) -> Graph:
         ...     return jax.nn.relu(x @ params["hidden"]) @ params["logits"]
         >>> params = {"hidden": jnp.ones((4, 3)), "logits": jnp.ones((3, 2))}
         >>> print(dependency_graph(apply, params, jnp.ones((5, 4)))["hidden"])
-        hidden: 3 units, prunable
-          hidden axis 1: produces
-          logits axis 0: consumes
+        hidden    3 units  prunable
+          hidden  axis 1   produces
+          logits  axis 0   consumes
     """
     program = trace_program(apply, params, x)
     shapes = {p: leaf.shape for p, leaf in zip(program.paths, program.leaves, strict=True)}
