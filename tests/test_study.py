@@ -24,7 +24,10 @@ from jax.experimental.compilation_cache import compilation_cache
 import jaxprune as jp
 from jaxprune import checkpoints, models, results
 from jaxprune.data import Data, Split
+from jaxprune.scores import magnitude
 from jaxprune.study import TrainingDiverged
+from jaxprune.study.programs import Programs
+from jaxprune.train import batch_indices, init_state
 from jaxprune.types import Metrics
 
 FEATURES, HIDDEN, CLASSES = 8, (16, 12), 3
@@ -521,6 +524,45 @@ def test_a_diverged_level_is_named_and_the_epochs_before_are_kept(tmp_path):
         {("one_shot", e): 3 for e in range(1, 6)}
         | {("trained", e): 3 for e in (1, 2, 3)} | {("trained", e): 1 for e in (4, 5)}
     )  # fmt: skip
+
+
+# Unit-pruned levels as smaller networks
+
+
+def test_smaller_networks_train_and_score_as_masked_ones():
+    optimizer = optax.adam(1e-2)
+    programs = Programs(apply, optimizer, magnitude, ("unit",), "layer", None, lambda seconds: None)
+    params = init(jax.random.key(0))
+    masks = jp.masks_at(magnitude(params), jp.counts(params, [0.25, 0.75], granularity="unit"),
+                        granularity="unit")  # fmt: skip
+    state = jax.tree.map(lambda a: jnp.stack([a, 2 * a]), init_state(params, optimizer))
+    x, y = (jnp.asarray(values) for values in DATA.train)
+    batches = batch_indices(jax.random.key(1), len(y), 32)
+    args = x, y, batches, np.int32(0), np.int32(len(batches))
+
+    networks = programs.smaller(state.params, masks, x[:2], fold=False)
+    shapes = [[leaf.shape for leaf in jax.tree.leaves(level)] for level in networks.params]
+    assert shapes == [[(1, 8, n), (1, n, m), (1, m, 3)] for n, m in ((12, 9), (4, 3))]
+    (levels, losses), _ = networks.train(networks.shrink(state), networks.masks, *args)
+    (masked, masked_losses), _ = programs.train(state, masks, *args)
+    np.testing.assert_allclose(losses, masked_losses, rtol=1e-4)
+    small = networks.expand(levels)
+    assert jax.tree.structure(small) == jax.tree.structure(masked)
+    # What leaves a pruned unit does nothing, and is zero in the smaller networks.
+    alive = jax.tree.map(lambda leaf: jnp.any(leaf, axis=1), masks)
+    for name, before in (("hidden_1", "hidden_0"), ("logits", "hidden_1")):
+        kept = alive[before]["kernel"][:, :, None]
+        leaf = jnp.where(kept, masked.params[name]["kernel"], 0)
+        np.testing.assert_allclose(small.params[name]["kernel"], leaf, rtol=1e-3, atol=1e-5)
+
+    val, test = (jax.tree.map(jnp.asarray, split) for split in DATA[1:])
+    (scores, labels), _ = programs.smaller(small.params, masks, x[:2], fold=True).score(
+        val, test, None
+    )
+    (masked_scores, masked_labels), _ = programs.score(small.params, masks, val, test, None)
+    assert (labels == masked_labels).all()
+    np.testing.assert_allclose(scores.loss, masked_scores.loss, rtol=1e-5)
+    np.testing.assert_array_equal(scores.accuracy, masked_scores.accuracy)
 
 
 # Settings at their ends
