@@ -48,8 +48,8 @@ def check_compact(
         masks: the masks.
         plan: what `compaction` returns.
         inputs: what to evaluate at.
-        tolerance: relative to the largest number of an output, or of a leaf's gradient; for leaves
-            whose gradient is zero but for rounding, to that of all leaves.
+        tolerance: relative to the largest number of an output, or of a leaf's gradient. Gradients
+            that cancel, as of the biases of keys, are compared to rounding errors of the others.
         folded: whether constants were folded into biases: what is removed had gradients then.
     """
     full, compact = masked_by_hand(params, masks), derivative(plan.apply)
@@ -63,8 +63,9 @@ def check_compact(
             given = masked_by_hand(plan.expand(given), masks)
         largest = max(np.max(np.abs(leaf), initial=0) for leaf in jax.tree.leaves(wanted))
 
-        def same(a: Any, b: Any, largest: float = largest) -> None:
-            _close(a, b, max(np.max(np.abs(b), initial=0), 1e-3 * largest), tolerance)
+        def same(a: Any, b: Any, largest: Any = largest) -> None:
+            rounding = 8 * np.finfo(b.dtype).eps * largest
+            _close(a, b, max(np.max(np.abs(b), initial=0), rounding / tolerance), tolerance)
 
         jax.tree.map(same, given, wanted)
 

@@ -125,19 +125,26 @@ def _selected(graph: Graph, prunable: Callable[[Group], bool] | None) -> list[Gr
 
 def _worth(group: Group, scores: dict[str, Any]) -> Array:
     """Return the L2 norm of the scores of the weights that enter each unit."""
-    parts = []
-    for member in group.members:
-        if "produces" in member.role:
-            norms = _unit_norms(jnp.asarray(scores[member.path]), member.axis)
-            at = np.argsort(member.index, kind="stable")[np.count_nonzero(member.index < 0) :]
-            parts.append(norms[at.reshape(group.size, -1)])
-    dtype = jnp.result_type(*parts)
-    return _unit_norms(jnp.concatenate([p.astype(dtype) for p in parts], axis=1), 0)
+    members = [m for m in group.members if "produces" in m.role]
+    places = []
+    for m in members:
+        at = np.argsort(m.index, kind="stable")[np.count_nonzero(m.index < 0) :]
+        places.append(at.reshape(group.size, -1))
+    leaves = [jnp.asarray(scores[m.path]) for m in members]
+    return _norms(leaves, places, axes=tuple(m.axis for m in members))
 
 
-# One compilation a shape: one by one, their operations would take as many.
-_unit_norms = jax.jit(unit_norms, static_argnums=1)
+# Compiled as a whole: one by one, on a first call, their operations would take seconds.
 _keep_largest = jax.jit(keep_largest)
+
+
+@partial(jax.jit, static_argnames="axes")
+def _norms(leaves: list[Array], places: list[Array], *, axes: tuple[int, ...]) -> Array:
+    """Return the norm of all that lies at the places of a unit, (units, places of one) a leaf."""
+    norms = [unit_norms(leaf, axis) for leaf, axis in zip(leaves, axes, strict=True)]
+    dtype = jnp.result_type(*norms)
+    parts = [norm.astype(dtype)[at] for norm, at in zip(norms, places, strict=True)]
+    return unit_norms(jnp.concatenate(parts, axis=1), 0)
 
 
 @partial(jax.jit, static_argnames="axis")
