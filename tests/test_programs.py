@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,8 +29,8 @@ ELEMENTWISE: tuple[Callable[[Any], Any], ...] = (
     jax.nn.relu, jnp.tanh, jax.nn.sigmoid, jax.nn.softplus, jnp.abs, jnp.square, jax.nn.gelu,
     jax.nn.silu, leaky, jnp.cos, lambda x: x / (1 + x * x), lambda x: 0.5 - x,
     lambda x: jnp.where(x > 0.1, x, -0.3), lambda x: jnp.maximum(x, 0.2),
-    lambda x: x * jax.nn.sigmoid(x), lambda x: jnp.exp(-x * x), lambda x: x * (x > 0).astype(x.dtype),
-    lambda x: jnp.clip(x, -1.0, 1.0), lambda x: jax.lax.stop_gradient(x) * x,
+    lambda x: x * jax.nn.sigmoid(x), lambda x: jnp.exp(-x * x), lambda x: jnp.clip(x, -1.0, 1.0),
+    lambda x: x * (x > 0).astype(x.dtype), lambda x: jax.lax.stop_gradient(x) * x,
 )  # fmt: skip
 WRAPPERS: tuple[Callable[[Any], Any], ...] = (lambda f: f, jax.jit, jax.checkpoint, jax.vmap)
 WIDTHS = (3, 4, 6)
@@ -150,7 +149,8 @@ def convolved(key: str, a: int, b: int, param: Callable[..., Any], x: Any) -> An
     """Return a convolution along the second axis: full, in two groups, or depthwise; or a pool."""
     n = x.shape[-1]
     if b % 4 == 3:
-        return nn.max_pool(x, (2,), (1,), "SAME") if a % 2 else nn.avg_pool(x, (2,), (1,), "SAME")
+        first, reduce = (-jnp.inf, jax.lax.max) if a % 2 else (0.0, jax.lax.add)
+        return jax.lax.reduce_window(x, first, reduce, (1, 2, 1), (1, 1, 1), "SAME")
     groups = (1, 2 if n % 2 == 0 else 1, n)[b % 4]
     kernel = param(f"{key}_kernel", 2, n // groups, groups * (1 + a % 3))
     numbers = ("NWC", "WIO", "NWC")

@@ -343,6 +343,21 @@ def test_what_can_be_pruned(f: Callable[[Any], Any]) -> None:
     check_values(apply, params, masks, plan, x)
 
 
+def test_merged_axes_are_not_axes_end_to_end() -> None:
+    def apply(params: Any, x: Any) -> Any:
+        x = x @ params["hidden"]
+        left, right = x[:, :2], x[:, 2:]
+        products = (left[:, :, None] * right[:, None, :]).reshape(-1, 4)
+        return (x + products) @ params["logits"]  # of as many parts, and each part the same
+
+    params, x = draw({"hidden": (5, 4), "logits": (4, 3)}), normal(3, 5)
+    graph = dependency_graph(apply, params, x)
+    assert not any(group.prunable for group in graph.groups)
+    masks = jax.tree.map(lambda w: np.ones(w.shape, bool), params)
+    masks["hidden"][:, [0, 2]] = False
+    check_values(apply, params, masks, compaction(apply, params, masks, x), x)
+
+
 def test_slow_variance_is_not_exact() -> None:
     class Net(nn.Module):
         fast: bool
