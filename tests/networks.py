@@ -1024,8 +1024,8 @@ def nnx_network() -> Network:
 def plain_network() -> Network:
     """Return a plain function of a dict of lists of tuples: tanh, sigmoid and tanh hidden layers.
 
-    tanh(0) = 0. The sigmoid of a masked unit is ½, which the next layer takes in: not prunable,
-    unless a library folds ½ of the unit's outgoing weights into the next bias, which there is.
+    tanh(0) = 0. The sigmoid of a masked unit is ½, which the next layer takes in: prunable only as
+    the weights that leave the unit are masked with it, which is optional.
     """
     sizes, activations = (6, 10, 9, 8, 3), (jnp.tanh, jax.nn.sigmoid, jnp.tanh)
 
@@ -1051,15 +1051,16 @@ def plain_network() -> Network:
     groups = {
         "layers/0/0@0": Group(6, False, INPUT, outgoing=(Slot("layers/0/0", 0),)),
         "layers/0/0": Group(10, masked=slots(0), outgoing=(Slot("layers/1/0", 0),)),
-        "layers/1/0": Group(9, False, NONZERO, slots(1), (Slot("layers/2/0", 0),)),
         "layers/2/0": Group(8, masked=slots(2), outgoing=(Slot("layers/3/0", 0),)),
     } | _logits(slots(3), 3)
+    optional = {"layers/1/0": Group(9, masked=(*slots(1), Slot("layers/2/0", 0)))}
 
     def remaining(widths):
         first, third = widths["layers/0/0"], widths["layers/2/0"]
-        return (6 + 1) * first + (first + 1) * 9 + (9 + 1) * third + (third + 1) * 3
+        second = widths.get("layers/1/0", 9)
+        return (6 + 1) * first + (first + 1) * second + (second + 1) * third + (third + 1) * 3
 
-    return _network(init, apply, _vectors, (6,), groups, remaining)
+    return _network(init, apply, _vectors, (6,), groups, remaining, optional)
 
 
 NETWORKS: dict[str, Callable[[], Network]] = {

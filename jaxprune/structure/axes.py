@@ -4,8 +4,9 @@
 ends up in one atom: units are the indices of an atom.
 """
 
+import dataclasses
 import math
-from typing import NamedTuple, Union
+from typing import Union
 
 import numpy as np
 
@@ -25,13 +26,15 @@ class Atom:
         self.reason = reason
 
 
-class Product(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Product:
     """Axes merged into one, row-major: a flattened image, heads and their dimensions."""
 
     factors: "tuple[Axis, ...]"
 
 
-class Sum(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Sum:
     """Axes laid end to end: a concatenation."""
 
     terms: "tuple[Axis, ...]"

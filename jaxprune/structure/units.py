@@ -4,6 +4,7 @@ A graph and parameters come in; masks of all leaves, as `masks` has them, go out
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -79,27 +80,25 @@ def group_masks(
         together = jnp.concatenate([w.astype(dtype) for w in worth])
         counts = jnp.array([num_pruned(together.size, s) for s in targets], jnp.int32)
         ends = np.cumsum([group.size for group in groups])[:-1]
-        kept = [k.sum(1) for k in jnp.split(keep_largest(together, counts), ends, axis=1)]
+        kept = [k.sum(1) for k in jnp.split(_keep_largest(together, counts), ends, axis=1)]
     else:
         kept = [
             jnp.array([group.size - num_pruned(group.size, s) for s in targets]) for group in groups
         ]
     masks = {
-        path: jnp.ones((len(targets), *jnp.shape(leaf)), bool)
+        path: np.ones((len(targets), *jnp.shape(leaf)), bool)
         for path, leaf in trees.paths_and_leaves(params)
     }
     maskable = {p for p, s in of_path.items() if jnp.issubdtype(jnp.asarray(s).dtype, jnp.inexact)}
     for group, units, number in zip(groups, worth, kept, strict=True):
         width = jnp.minimum(-(-number // round_to) * round_to, group.size)
-        keep = keep_largest(units, (group.size - width).astype(jnp.int32))
+        keep = _keep_largest(units, (group.size - width).astype(jnp.int32))
         for member in group.members:
             if member.path in maskable and (member.role != "consumes" or group.masks_consumers):
-                along = keep[:, np.maximum(member.index, 0)] | (member.index < 0)[None]
-                mask = masks[member.path]
-                shape = [1] * mask.ndim
-                shape[0], shape[member.axis + 1] = along.shape
-                masks[member.path] = mask & jnp.broadcast_to(along.reshape(shape), mask.shape)
-    leaves = [m if many else m[0] for m in masks.values()]
+                masks[member.path] = _take_out(
+                    masks[member.path], keep, member.index, axis=member.axis
+                )
+    leaves = [jnp.asarray(m if many else m[0]) for m in masks.values()]
     return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
@@ -126,11 +125,32 @@ def _selected(graph: Graph, prunable: Callable[[Group], bool] | None) -> list[Gr
 
 def _worth(group: Group, scores: dict[str, Any]) -> Array:
     """Return the L2 norm of the scores of the weights that enter each unit."""
-    parts = []
-    for member in group.members:
-        if "produces" in member.role:
-            norms = unit_norms(jnp.asarray(scores[member.path]), member.axis)
-            at = np.argsort(member.index, kind="stable")[np.count_nonzero(member.index < 0) :]
-            parts.append(norms[at.reshape(group.size, -1)])
-    dtype = jnp.result_type(*parts)
-    return unit_norms(jnp.concatenate([p.astype(dtype) for p in parts], axis=1), 0)
+    members = [m for m in group.members if "produces" in m.role]
+    places = []
+    for m in members:
+        at = np.argsort(m.index, kind="stable")[np.count_nonzero(m.index < 0) :]
+        places.append(at.reshape(group.size, -1))
+    leaves = [jnp.asarray(scores[m.path]) for m in members]
+    return _norms(leaves, places, axes=tuple(m.axis for m in members))
+
+
+# Compiled as a whole: one by one, on a first call, their operations would take seconds.
+_keep_largest = jax.jit(keep_largest)
+
+
+@partial(jax.jit, static_argnames="axes")
+def _norms(leaves: list[Array], places: list[Array], *, axes: tuple[int, ...]) -> Array:
+    """Return the norm of all that lies at the places of a unit, (units, places of one) a leaf."""
+    norms = [unit_norms(leaf, axis) for leaf, axis in zip(leaves, axes, strict=True)]
+    dtype = jnp.result_type(*norms)
+    parts = [norm.astype(dtype)[at] for norm, at in zip(norms, places, strict=True)]
+    return unit_norms(jnp.concatenate(parts, axis=1), 0)
+
+
+@partial(jax.jit, static_argnames="axis")
+def _take_out(mask: Array, keep: Array, index: Array, *, axis: int) -> Array:
+    """Mask an axis of a leaf where the unit of `index`, if any, is not kept; levels come first."""
+    along = keep[:, jnp.maximum(index, 0)] | (index < 0)[None]
+    shape = [1] * mask.ndim
+    shape[0], shape[axis + 1] = along.shape
+    return mask & jnp.broadcast_to(along.reshape(shape), mask.shape)
