@@ -1,5 +1,6 @@
 """Networks of many kinds: the groups found are those derived by hand, and compact equals masked."""
 
+import time
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -205,3 +206,26 @@ def test_multiply_adds_fall(name: str) -> None:
             count = 2 * len(network.x) * sum(leaf.size for leaf in jax.tree.leaves(weights))
             assert found == pytest.approx(count, rel=0.05)
     assert after < before / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "network",
+    [networks.challenge_mlp(real=True), networks.resnet20(width=16, train=False)],
+    ids=["challenge MLP", "ResNet-20"],
+)
+def test_measured_time_falls(network: networks.Network) -> None:
+    params = network.init(jax.random.key(0))
+    masks = group_masks(dependency_graph(network.apply, params, network.x), params, 0.5)
+    plan = compaction(network.apply, params, masks, network.x)
+    x = network.inputs(64, network.sizes[-1])
+    masked, small = jax.jit(network.apply), jax.jit(plan.apply)
+
+    def seconds(f: Any, params: Any) -> float:
+        started = time.perf_counter()
+        jax.block_until_ready(f(params, x))
+        return time.perf_counter() - started
+
+    whole = masked_by_hand(params, masks)
+    pairs = [(seconds(masked, whole), seconds(small, plan.params)) for _ in range(21)]
+    assert np.median([after / before for before, after in pairs]) < 0.7
