@@ -1,4 +1,4 @@
-"""Redraw the figures of a run from its rows alone.
+"""Redraw the figures of a run from its rows alone, and that of ResNet-20's widths.
 
     python experiments/figures.py runs/fashion_mnist-challenge --out figures
 
@@ -7,6 +7,7 @@ Those two files are written beside the figures, so that they can be redrawn agai
 """
 
 import argparse
+import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -28,7 +29,12 @@ def redraw(run_dir: Path, out: Path) -> list[Path]:
     from jaxprune import figures
 
     note = figures.describe(run.config["settings"])
-    paths = figures.save_figures(run.rows, out, note=note)
+    drawn = figures.draw_figures(run.rows, note=note)
+    if (resnet := out / "resnet.json").exists():
+        found = json.loads(resnet.read_text())
+        note = f"ResNet-20 without {found['settings']['level']:g}% of the units of every group"
+        drawn["resnet-widths"] = figures.widths(found["widths"], note=note)
+    paths = figures.save_figures(drawn, out)
     if not out.samefile(run_dir):
         results.write_csv(out / "results.csv", run.rows)
         shutil.copyfile(run_dir / "config.json", out / "config.json")

@@ -185,6 +185,33 @@ def speed_table(timed: dict) -> str:
     )
 
 
+def resnet_table(found: dict) -> str:
+    """Return masked beside compact training of ResNet-20, a line a seed."""
+    lines = [
+        "| seed | dense, % | masked, % | compact, % | parameters | CPU seconds an epoch |",
+        "|---|---|---|---|---|---|",
+    ]
+    settings = found["settings"]
+    for seed in settings["seeds"]:
+        last = {row["phase"]: row for row in found["rows"] if row["seed"] == seed}
+        accuracies = " | ".join(f"{100 * row['accuracy']:.2f}" for row in last.values())
+        masked, compact = last["masked"], last["compact"]
+        lines.append(
+            f"| {seed} | {accuracies} | {masked['parameters']:,} → {compact['parameters']:,} | "
+            f"{masked['cpu_seconds']:.0f} → {compact['cpu_seconds']:.0f} |"
+        )
+    half, epochs = settings["epochs"] // 2, settings["epochs"]
+    return "\n".join(
+        [
+            f"{found['device']}, jax {found['versions']['jax']}; {settings['examples']:,} training "
+            f"images an epoch, width {settings['width']}; dense after {half} epochs, the others "
+            f"after {epochs}, without {settings['level']:g}% of the units of every group.",
+            "",
+            *lines,
+        ]
+    )
+
+
 def _seconds(times: Sequence[float]) -> str:
     middle = median(times)
     return f"{middle:.2f} s" if middle >= 0.1 else f"{1000 * middle:.3g} ms"
@@ -256,6 +283,7 @@ def blocks(figures: Path) -> dict[str, str]:
         "claims": claims(rows, timed),
         "loss": loss_table(rows),
         "speed": speed_table(timed),
+        "resnet": resnet_table(json.loads((figures / "resnet.json").read_text())),
     }
 
 

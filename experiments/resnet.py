@@ -106,6 +106,7 @@ class Experiment:
         self.full = make_step(self.logits, self.optimizer), jax.jit(self.infer), self.variables
         self.statistics = jax.jit(lambda params, x: self.apply(params, x)[1]["batch_stats"])
         self.rows: list[dict[str, Any]] = []
+        self.widths: dict[str, tuple[int, int]] = {}  # of the groups, before and after
 
     def apply(self, params: Params, x: Any) -> Any:
         """Return the logits of training, and what the batch was normalised by."""
@@ -135,6 +136,7 @@ class Experiment:
         self.train(seed, "masked", pruned, state, masks, *self.full)
 
         small = compaction(self.logits, state.params, masks, x, fold=False)
+        self.widths = small.widths
         variables = self.variables(state.params)
         kept = keep_all(variables) | {"params": masks}
         scored = compaction(self.infer, variables, kept, x, fold=False)
@@ -223,6 +225,7 @@ def run(args: argparse.Namespace) -> None:
     packages = ("jax", "flax", "optax", "numpy")
     results.write_json_atomic(args.out, {
         "command": sys.argv, "settings": settings, "rows": experiment.rows,
+        "widths": experiment.widths,
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
     })  # fmt: skip

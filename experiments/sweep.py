@@ -71,7 +71,7 @@ def run(config: Config) -> None:
         )  # fmt: skip
     print(f"\n{results.table(rows)}\n")
     note = figures.describe(config.settings())
-    figures.save_figures(rows, config.run_dir / "figures", note=note)
+    figures.save_figures(figures.draw_figures(rows, note=note), config.run_dir / "figures")
     print(
         f"results, checkpoints and figures are in {config.run_dir}  "
         f"({time.perf_counter() - started:.0f} s)"

@@ -216,16 +216,16 @@ def draw_figures(rows: Sequence[Row], *, note: str = "") -> dict[str, Figure]:
 
 
 @style.context(_STYLE, after_reset=True)
-def save_figures(rows: Sequence[Row], folder: Path, *, note: str = "") -> list[Path]:
-    """Write every figure as PNG and SVG into a folder, made if missing; return the files.
+def save_figures(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
+    """Write figures as PNG and SVG into a folder, made if missing; return the files.
 
-    The same rows give the same bytes. Arguments as `k_sparsity`.
+    The same rows give the same bytes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     # Neither the time nor the version of matplotlib belongs in a file that is kept in git.
     formats = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}
     paths = []
-    for name, fig in draw_figures(rows, note=note).items():
+    for name, fig in figures.items():
         for suffix, metadata in formats.items():
             paths.append(folder / f"{name}{suffix}")
             fig.savefig(paths[-1], metadata=metadata)
