@@ -247,17 +247,17 @@ def test_groups_of_a_block() -> None:
 def test_graph_prints_groups_leaves_sizes_and_reasons() -> None:
     case = dense_block()
     assert str(dependency_graph(case.apply, case.params, inputs(case, 2))).splitlines() == [
-        "grow: 6 units, prunable",
-        "  grow axis 1: produces",
-        "  logits axis 0 from 4 to 9: consumes",
-        "logits: 3 units, it reaches the network's output",
-        "  logits axis 1: produces",
-        "stem[0]: 5 units, it is an axis of the input",
-        "  stem axis 0: consumes",
-        "stem: 4 units, prunable",
-        "  grow axis 0: consumes",
-        "  logits axis 0 from 0 to 3: consumes",
-        "  stem axis 1: produces",
+        "grow      6 units             prunable",
+        "  grow    axis 1              produces",
+        "  logits  axis 0 from 4 to 9  consumes",
+        "logits    3 units             not prunable: it reaches the network's output",
+        "  logits  axis 1              produces",
+        "stem[0]   5 units             not prunable: it is an axis of the input",
+        "  stem    axis 0              consumes",
+        "stem      4 units             prunable",
+        "  grow    axis 0              consumes",
+        "  logits  axis 0 from 0 to 3  consumes",
+        "  stem    axis 1              produces",
     ]
 
 

@@ -6,6 +6,7 @@ positions meet (a contraction, a reduction) that a removed one adds nothing to t
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -180,14 +181,33 @@ def _evaluate(eqn: Any, columns: list[Known | None], n: int) -> Known | None:
     if len(operands) == len(columns):
         both = np.logical_and.reduce([column[0] for column in operands])
         values = [column[1][both] for column in operands]
-        codes = np.stack([np.unique(v, return_inverse=True)[1].ravel() for v in values])
-        _, first, inverse = np.unique(codes, axis=1, return_index=True, return_inverse=True)
+        first, inverse = _distinct(values)
         if first.size:
-            with jax.ensure_compile_time_eval():
-                result = eqn.primitive.bind(*(v[first] for v in values), **eqn.params)
-            value[both] = np.asarray(result)[inverse.ravel()]
+            constants = tuple((v.dtype, v[first].tobytes()) for v in values)
+            try:
+                result = _compute(eqn.primitive, tuple(eqn.params.items()), constants)
+            except TypeError:  # a parameter without a hash
+                result = _compute.__wrapped__(eqn.primitive, eqn.params, constants)
+            value[both] = result[inverse.ravel()]
             known |= both
     return (known, value) if known.any() else None
+
+
+@lru_cache(maxsize=4096)
+def _compute(primitive: Any, params: Any, constants: tuple[tuple[np.dtype, bytes], ...]) -> Any:
+    """Run an elementwise primitive on constants; the same few recur at every equation."""
+    values = [np.frombuffer(content, dtype) for dtype, content in constants]
+    with jax.ensure_compile_time_eval():
+        return np.asarray(primitive.bind(*values, **dict(params)))
+
+
+def _distinct(values: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return where each combination of values comes first, and which one is at each position."""
+    if all(v.size and (v == v[0]).all() for v in values):  # nearly always, and quick to see
+        return np.zeros(1, int), np.zeros(values[0].size, int)
+    codes = np.stack([np.unique(v, return_inverse=True)[1].ravel() for v in values])
+    _, first, inverse = np.unique(codes, axis=1, return_index=True, return_inverse=True)
+    return first, inverse
 
 
 def _common(facts: list[Known | None]) -> Known | None:
