@@ -557,3 +557,67 @@ def test_a_tangent_without_a_value_keeps_its_units() -> None:
     masks = jax.tree.map(lambda w: jnp.ones(w.shape, bool), params)
     plan = compaction(apply, params, masks, jnp.ones((2, 5)))
     assert plan.widths["hidden"] == (6, 6)
+
+
+def test_networks_of_one_signature_have_the_same_widths() -> None:
+    def halves(params: Any, x: Any) -> Any:
+        left, right = jnp.split(x @ params["a"], 2, -1)
+        return jnp.concatenate([jnp.tanh(left), jnp.square(right)], -1) @ params["b"]
+
+    params, x = {"a": jnp.ones((4, 8)), "b": jnp.ones((8, 3))}, jnp.ones((2, 4))
+
+    def without(*units: int) -> Any:
+        kept = jnp.ones(8, bool).at[jnp.array(units)].set(False)
+        masks = {"a": jnp.tile(kept, (4, 1)), "b": jnp.tile(kept[:, None], (1, 3))}
+        return compaction(halves, params, masks, x)
+
+    left, right = without(0, 1, 2), without(4, 5, 6)
+    assert jax.tree.map(jnp.shape, left.params) == jax.tree.map(jnp.shape, right.params)
+    assert left.signature != right.signature
+    assert left.signature == without(1, 2, 3).signature
+
+
+@pytest.mark.parametrize("f", [jax.nn.relu, jax.nn.softplus, jax.nn.relu6, jax.nn.gelu])
+def test_second_derivatives(f: Any) -> None:
+    def apply(params: Any, x: Any) -> Any:
+        return f(x @ params["a"]) @ params["b"]
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {"a": jax.random.normal(keys[0], (4, 6)), "b": jax.random.normal(keys[1], (6, 3))}
+    x = jax.random.normal(keys[2], (5, 4))
+    masks = group_masks(dependency_graph(apply, params, x), params, 0.5)
+    plan = compaction(apply, params, masks, x)
+    masked = apply_masks(params, masks)
+    before = plan.apply(plan.params, x)
+    second = jax.hessian(lambda x: jnp.square(plan.apply(plan.params, x)).sum())(x)
+    expected = jax.hessian(lambda x: jnp.square(apply(masked, x)).sum())(x)
+    np.testing.assert_allclose(second, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(plan.apply(plan.params, x), before)
+
+
+def test_an_index_out_of_range_may_give_a_removed_unit_a_value() -> None:
+    def apply(params: Any, index: Any) -> Any:
+        return jnp.take(params["t"], index, axis=0, mode="fill", fill_value=1.0) @ params["b"]
+
+    params = {"t": jnp.ones((5, 6)), "b": jnp.arange(18.0).reshape(6, 3)}
+    index = jnp.array([0, 3, 9])
+    masks = {"t": jnp.ones((5, 6), bool).at[:, :2].set(False), "b": jnp.ones((6, 3), bool)}
+    plan = compaction(apply, params, masks, index)
+    found = plan.apply(plan.params, index)
+    np.testing.assert_allclose(found, apply(apply_masks(params, masks), index))
+    assert plan.params["t"].shape == (5, 6)
+
+
+def test_a_window_in_the_padding_alone_has_no_known_value() -> None:
+    def apply(params: Any, x: Any) -> Any:
+        hidden = jax.nn.relu(x @ params["a"])
+        pooled = jax.lax.reduce_window(
+            hidden, -jnp.inf, jax.lax.max, (1, 2, 1), (1, 2, 1), ((0, 0), (2, 2), (0, 0))
+        )
+        return jnp.where(jnp.isinf(pooled), 1.0, pooled).sum(axis=1) @ params["b"]
+
+    params, x = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}, jnp.ones((2, 4, 3))
+    masks = {"a": jnp.ones((3, 4), bool).at[:, 0].set(False), "b": jnp.ones((4, 2), bool)}
+    plan = compaction(apply, params, masks, x)
+    expected = apply(apply_masks(params, masks), x)
+    np.testing.assert_allclose(plan.apply(plan.params, x), expected)

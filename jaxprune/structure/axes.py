@@ -5,10 +5,13 @@ ends up in one atom: units are the indices of an atom.
 """
 
 import dataclasses
+import itertools
 import math
 from typing import Union
 
 import numpy as np
+
+_AGES = itertools.count()
 
 
 class Atom:
@@ -18,9 +21,12 @@ class Atom:
         size: the number of indices.
         bound: what the atom turned out to be, once it is known.
         reason: why none of its indices may be removed; None where they may.
+        age: how many were made before. Of two the younger is bound, so that what is traced later,
+            such as a derivative, does not change what is known of the program.
     """
 
     def __init__(self, size: int, reason: str | None = None):
+        self.age = next(_AGES)
         self.size = size
         self.bound: Axis | None = None
         self.reason = reason
@@ -98,7 +104,8 @@ def unify(a: Axis, b: Axis) -> None:
     if a == b:
         return
     if isinstance(a, Atom) or isinstance(b, Atom):
-        atom, other = (a, b) if isinstance(a, Atom) else (b, a)
+        older = isinstance(a, Atom) and isinstance(b, Atom) and a.age < b.age
+        atom, other = (a, b) if isinstance(a, Atom) and not older else (b, a)
         assert isinstance(atom, Atom)
         if atom in atoms(other):
             freeze(other, "its axis is made to agree with a part of itself")

@@ -33,6 +33,9 @@ class Compaction:
 
     def __init__(self, apply: Apply, params: Params, masks: Masks, x: Any, *, fold: bool):
         trees.check_match("masks", masks, "params", params)
+        for path, mask in trees.paths_and_leaves(masks):
+            if not jnp.issubdtype(jnp.result_type(mask), jnp.bool_):
+                raise TypeError(f"mask {path!r} must be bool, got {jnp.result_type(mask)}")
         self._full_apply = apply
         self._tree = jax.tree.structure(params)
         self._masks = [np.array(mask, bool) for mask in jax.tree.leaves(masks)]
@@ -57,9 +60,13 @@ class Compaction:
             path: tuple(ax.kept(axis, keep) for axis in axes)
             for path, axes in zip(program.paths, program.axes, strict=True)
         }
-        shapes = tuple(self._small(path) for path in self._shapes)
         self.signature = (
-            shapes,
+            tuple(self._small(path) for path in self._shapes),
+            # And of what each axis is made, such as heads and their dimensions.
+            tuple(
+                int(np.count_nonzero(keep[atom])) if atom in keep else atom.size
+                for _, _, atom, _ in program.occurrences()
+            ),
             tuple(keep[atom].tobytes() for atom in constant_atoms(program.node) if atom in keep),
         )
         self.params = self.shrink(jax.tree.unflatten(self._tree, leaves))

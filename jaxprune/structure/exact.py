@@ -392,9 +392,14 @@ def _gather(call: _Call, ins: list[Facts]) -> list[Facts]:
     dropped = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
     taken = [i for i in range(len(sizes)) if i not in dropped]
     found = list(nothing(len(call.out)).axes)
+    fill = call.eqn.params["fill_value"]
     for to, i in zip(numbers.offset_dims, taken, strict=True):
+        known = ins[0].axes[i]
+        # What an index out of range gives; NaN, the default, the kept units have there as well.
+        if known is not None and fill is not None and fill == fill:
+            known = known[0] & (known[1] == fill), known[1]
         if sizes[i] == call.shape(0)[i]:
-            found[to] = ins[0].axes[i]
+            found[to] = known
     return [Facts(tuple(found))]
 
 
@@ -467,7 +472,15 @@ def _window(call: _Call, ins: list[Facts]) -> list[Facts]:
     if len(call.eqn.outvars) != 1 or call.name == "reduce_window":
         return _unknown(call, ins)
     found: list[Known | None] = []
-    for known, n in zip(ins[0].axes, call.eqn.params["window_dimensions"], strict=True):
+    params = call.eqn.params
+    sizes, dilations = params["window_dimensions"], (*params["window_dilation"],
+                                                     *params["base_dilation"])  # fmt: skip
+    if call.name != "reduce_window_sum" and (
+        max(dilations, default=1) > 1
+        or any(max(pad) >= n for pad, n in zip(params["padding"], sizes, strict=True))
+    ):
+        return _unknown(call, ins)  # a window may lie in the padding alone
+    for known, n in zip(ins[0].axes, sizes, strict=True):
         if known is not None and n == 1 and call.name == "reduce_window_sum":
             known = known[0] & (known[1] == 0), known[1]
         found.append(known if n == 1 else None)
