@@ -67,7 +67,8 @@ def save(path: Path, /, **items: PyTree) -> None:
     staged = _staged(path)
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
-    size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(items))
+    items = {name: jax.tree.map(np.asarray, item) for name, item in items.items()}
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
     if size > (free := shutil.disk_usage(staged).free):
         # Found out before Orbax starts, whose threads print tracebacks where they cannot write.
         shutil.rmtree(staged)
@@ -193,7 +194,6 @@ def _context() -> ocp.Context:
 
 def _save_item(path: Path, item: PyTree) -> dict[str, Any]:
     """Save one tree with Orbax, and return what the manifest shall hold of it."""
-    item = jax.tree.map(np.asarray, item)
     leaves = paths_and_leaves(item)
     for (at, array), (key, _) in zip(jax.tree.leaves_with_path(item), leaves, strict=True):
         if at and (key.count("/") >= len(at) or not all(key.split("/"))):

@@ -161,16 +161,21 @@ def apply_masks(params: Params, masks: Masks) -> Params:
         >>> apply_masks([jnp.array([1.0, jnp.nan])], [jnp.array([True, False])])[0].tolist()
         [1.0, 0.0]
     """
-    trees.check_match("masks", masks, "params", params)
-    for path, mask in trees.paths_and_leaves(masks):
-        if not jnp.issubdtype(jnp.result_type(mask), jnp.bool_):
-            raise TypeError(f"mask {path!r} must be bool, got {jnp.result_type(mask)}")
+    check_masks(masks, params)
     return jax.tree.map(
         # A leaf that cannot be pruned may have no zero (a random key), nor need one.
         lambda w, m: jnp.where(m, w, jnp.zeros_like(w)) if _has_zero(w) else w,
         params,
         masks,
     )
+
+
+def check_masks(masks: Masks, params: Params) -> None:
+    """Raise ValueError or TypeError, naming the leaf, where masks are not those of the params."""
+    trees.check_match("masks", masks, "params", params)
+    for path, mask in trees.paths_and_leaves(masks):
+        if not jnp.issubdtype(jnp.result_type(mask), jnp.bool_):
+            raise TypeError(f"mask {path!r} must be bool, got {jnp.result_type(mask)}")
 
 
 def sparsity_of(masks: Masks, *, prunable: Prunable | None = None) -> float:

@@ -563,6 +563,8 @@ def test_smaller_networks_train_and_score_as_masked_ones():
     assert (labels == masked_labels).all()
     np.testing.assert_allclose(scores.loss, masked_scores.loss, rtol=1e-5)
     np.testing.assert_array_equal(scores.accuracy, masked_scores.accuracy)
+    np.testing.assert_array_equal(scores.churn, masked_scores.churn)
+    assert scores.churn[0] == 0 < scores.churn[1]
 
 
 # Settings at their ends

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import trees
+from jaxprune.masks import check_masks
 from jaxprune.structure import axes as ax
 from jaxprune.structure.exact import Facts, nothing, zeros_at
 from jaxprune.structure.express import Keep, constant_atoms, evaluate, kept_shape
@@ -32,10 +33,7 @@ class Compaction:
     """
 
     def __init__(self, apply: Apply, params: Params, masks: Masks, x: Any, *, fold: bool):
-        trees.check_match("masks", masks, "params", params)
-        for path, mask in trees.paths_and_leaves(masks):
-            if not jnp.issubdtype(jnp.result_type(mask), jnp.bool_):
-                raise TypeError(f"mask {path!r} must be bool, got {jnp.result_type(mask)}")
+        check_masks(masks, params)
         self._full_apply = apply
         self._tree = jax.tree.structure(params)
         self._masks = [np.array(mask, bool) for mask in jax.tree.leaves(masks)]

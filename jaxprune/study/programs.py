@@ -126,7 +126,9 @@ class Programs:
 
     def of_widths(self, network: structure.Compaction) -> tuple[Program, Program]:
         """Return training and scoring of a smaller network, compiled once a distinct width."""
-        return self._smaller.setdefault(network.signature, self._pair(network.apply))
+        if network.signature not in self._smaller:
+            self._smaller[network.signature] = self._pair(network.apply)
+        return self._smaller[network.signature]
 
 
 class Smaller:
@@ -173,6 +175,7 @@ class Smaller:
         found, seconds = [], 0.0
         for (_, score), *level in zip(self._pairs, self.params, self.masks, strict=True):
             result, elapsed = score(*level, val, test, reference)
+            reference = result[1][0] if reference is None else reference
             found.append(result)
             seconds += elapsed
         return jax.tree.map(lambda *values: jnp.concatenate(values), *found), seconds
