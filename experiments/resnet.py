@@ -30,7 +30,7 @@ from jaxprune import checkpoints, data, results
 from jaxprune.masks import apply_masks
 from jaxprune.metrics import cross_entropy
 from jaxprune.structure import compaction, dependency_graph, group_masks
-from jaxprune.train import TrainState, batch_indices, init_state
+from jaxprune.train import TrainState, batch_indices, init_state, make_step
 from jaxprune.types import Apply, Masks, Params
 
 STATISTICS_BATCHES = 8  # of training images, whose means and variances are averaged
@@ -65,28 +65,6 @@ class ResNet(nn.Module):
         return nn.Dense(self.classes, name="logits")(jnp.mean(x, axis=(1, 2)))
 
 
-def make_step(apply: Apply, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
-    """Return `step(state, masks, x, y) -> (state, loss)`; without masks, if these are None.
-
-    Called from Python, since convolutions in compiled loops, as that of `make_train`, are ten times
-    slower on CPUs (jax 0.10).
-    """
-
-    def step(state: TrainState, masks: Masks, x: Any, y: Any) -> tuple[TrainState, Any]:
-        def masked(params: Params) -> Params:
-            return params if masks is None else apply_masks(params, masks)
-
-        def mean_loss(params: Params) -> Any:
-            return jnp.mean(cross_entropy(apply(masked(params), x), y))
-
-        value, gradients = jax.value_and_grad(mean_loss)(state.params)
-        with jax.numpy_dtype_promotion("standard"):  # Adam's 0.9**count is not strict
-            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        return TrainState(masked(optax.apply_updates(state.params, updates)), opt_state), value
-
-    return jax.jit(step)
-
-
 def keep_all(tree: Any) -> Masks:
     return jax.tree.map(lambda leaf: np.ones(leaf.shape, bool), tree)
 
@@ -103,7 +81,10 @@ class Experiment:
         model = partial(ResNet, args.width, args.blocks, int(loaded.train.y.max()) + 1)
         self.model, inference = model(train=True), model(train=False)
         self.infer: Apply = lambda variables, x: jnp.asarray(inference.apply(variables, x))
-        self.full = make_step(self.logits, self.optimizer), jax.jit(self.infer), self.variables
+        # Steps are made one by one, since convolutions in compiled loops, as that of `make_train`,
+        # are ten times slower on CPUs (jax 0.10).
+        step = jax.jit(make_step(self.logits, self.optimizer))
+        self.full = step, jax.jit(self.infer), self.variables
         self.statistics = jax.jit(lambda params, x: self.apply(params, x)[1]["batch_stats"])
         self.rows: list[dict[str, Any]] = []
         self.widths: dict[str, tuple[int, int]] = {}  # of the groups, before and after
@@ -140,8 +121,8 @@ class Experiment:
         variables = self.variables(state.params)
         kept = keep_all(variables) | {"params": masks}
         scored = compaction(self.infer, variables, kept, x, fold=False)
-        step, infer = make_step(small.apply, self.optimizer), jax.jit(scored.apply)
-        self.train(seed, "compact", pruned, small.shrink(state), None, step, infer,
+        step, infer = jax.jit(make_step(small.apply, self.optimizer)), jax.jit(scored.apply)
+        self.train(seed, "compact", pruned, small.shrink(state), small.masks, step, infer,
                    lambda params: scored.shrink(self.variables(small.expand(params))))  # fmt: skip
 
     def train(

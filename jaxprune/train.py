@@ -32,6 +32,31 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
     return TrainState(params, optimizer.init(params))
 
 
+def make_step(
+    apply: Apply,
+    optimizer: optax.GradientTransformation,
+    *,
+    loss: Callable[[Array, Array], Array] = metrics.cross_entropy,
+) -> Callable[[TrainState, Masks, Any, Any], tuple[TrainState, Array]]:
+    """Return `step(state, masks, x, y) -> (state, loss)`, of one network and one batch.
+
+    Arguments as in `make_train`, without a levels axis; the loss is the batch's mean, before the
+    update.
+    """
+
+    def step(state: TrainState, masks: Masks, x: Any, y: Any) -> tuple[TrainState, Array]:
+        def mean_loss(params: Params) -> Array:
+            return jnp.mean(loss(apply(apply_masks(params, masks), x), y))
+
+        value, gradients = jax.value_and_grad(mean_loss)(state.params)
+        with jax.numpy_dtype_promotion("standard"):  # Adam's 0.9**count is not strict
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = apply_masks(optax.apply_updates(state.params, updates), masks)
+        return TrainState(params, opt_state), value
+
+    return step
+
+
 def make_train(
     apply: Apply,
     optimizer: optax.GradientTransformation,
@@ -68,6 +93,7 @@ def make_train(
         >>> optimizer = optax.sgd(0.1)
         >>> train = jax.jit(make_train(lambda params, x: x @ params["logits"], optimizer))
     """
+    step = make_step(apply, optimizer, loss=loss)
 
     def train(
         state: TrainState,
@@ -88,19 +114,13 @@ def make_train(
         def one_level(level: tuple[TrainState, Masks]) -> tuple[TrainState, Array]:
             state, masks = level
 
-            def mean_loss(params: Params, rows: Array) -> Array:
-                return jnp.mean(loss(apply(apply_masks(params, masks), x[rows]), y[rows]))
-
-            def step(i: Array, carry: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
-                (params, opt_state), losses = carry
-                value, gradients = jax.value_and_grad(mean_loss)(params, batches[i])
-                with jax.numpy_dtype_promotion("standard"):  # Adam's 0.9**count is not strict
-                    updates, opt_state = optimizer.update(gradients, opt_state, params)
-                params = apply_masks(optax.apply_updates(params, updates), masks)
-                return TrainState(params, opt_state), losses.at[i].set(value)
+            def one_step(i: Array, carry: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
+                state, losses = carry
+                state, value = step(state, masks, x[batches[i]], y[batches[i]])
+                return state, losses.at[i].set(value)
 
             losses = jnp.zeros(len(batches))
-            return jax.lax.fori_loop(first, last, step, (state, losses))
+            return jax.lax.fori_loop(first, last, one_step, (state, losses))
 
         return trees.map_levels(one_level, (state, masks), levels_at_once)
 
