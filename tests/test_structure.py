@@ -326,6 +326,7 @@ def test_what_cannot_be_pruned(f: Callable[[Any], Any], reason: str) -> None:
         lambda x: jnp.where(jnp.arange(6)[None] < 3, x, 2 * x),
         lambda x: jax.random.bernoulli(jax.random.key(0), 0.5, x.shape).astype(x.dtype) * x,
         lambda x: x * jnp.arange(1.0, 7.0)[None],
+        lambda x: jax.nn.relu(x) + jnp.arange(6.0)[None],  # zero at the first unit, if masked
         lambda x: jnp.where(x > 0, x, 0.1 * x) + jnp.zeros(6)[None],
         lambda x: jax.jit(jnp.tanh)(jax.checkpoint(jnp.sin)(x)),
         lambda x: jax.vmap(jnp.tanh)(x),
@@ -621,3 +622,34 @@ def test_a_window_in_the_padding_alone_has_no_known_value() -> None:
     plan = compaction(apply, params, masks, x)
     expected = apply(apply_masks(params, masks), x)
     np.testing.assert_allclose(plan.apply(plan.params, x), expected)
+
+
+def test_a_derivative_that_closes_over_values_is_not_followed() -> None:
+    def apply(params: Any, x: Any) -> Any:
+        @jax.custom_jvp
+        def scaled(y: Any) -> Any:
+            return y * params["scale"][None]
+
+        scaled.defjvp(lambda x, t: (scaled(*x), t[0] * params["scale"][None]))
+        return scaled(x @ params["hidden"]) @ params["logits"]
+
+    params, x = draw({**HIDDEN, "scale": (6,)}), jnp.ones((2, 5))
+    reason = str(dependency_graph(apply, params, x)["hidden"].reason)
+    assert "custom_jvp_call, whose derivative rule closes over values" in reason
+    masks = jax.tree.map(lambda w: jnp.ones(w.shape, bool), params)
+    masks["hidden"] = masks["hidden"].at[:, 1].set(False)
+    plan = compaction(apply, params, masks, x)
+    np.testing.assert_allclose(
+        plan.apply(plan.params, x), apply(apply_masks(params, masks), x), rtol=1e-6
+    )
+
+
+def test_numbers_among_the_inputs_keep_their_weak_types() -> None:
+    def apply(params: Any, x: Any) -> Any:
+        return jax.nn.relu(x[0] * x[1] @ params["hidden"]) @ params["logits"]
+
+    params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), draw(HIDDEN))
+    x = jnp.ones((2, 5), jnp.bfloat16), 2.0
+    masks = group_masks(dependency_graph(apply, params, x), params, 0.5)
+    plan = compaction(apply, params, masks, x)
+    assert plan.apply(plan.params, x).dtype == apply(params, x).dtype == jnp.bfloat16

@@ -93,8 +93,9 @@ class Compaction:
                 raise ValueError(
                     f"leaf {path!r} has shape {jnp.shape(leaf)}, the compact network's has {shape}"
                 )
-        dtypes = tuple(jnp.asarray(leaf).dtype for leaf in leaves)
-        key = structure, tuple((jnp.shape(a), jnp.asarray(a).dtype) for a in inputs), dtypes
+        abstract, given = jax.eval_shape(lambda *args: args, leaves, inputs)
+        dtypes = tuple(leaf.dtype for leaf in abstract)
+        key = structure, dtypes, tuple((a.shape, a.dtype, a.weak_type) for a in given)
         if key not in self._programs:
             self._programs[key] = self._program(dtypes, x)
         program, keep = self._programs[key]
@@ -119,7 +120,7 @@ class Compaction:
         return self._map(cut, tree, self._shapes)
 
     def expand(self, tree: Any) -> Any:
-        """Put the removed units back, as zeros; the inverse of `shrink`."""
+        """Put the removed units back, as zeros, into what `shrink` gave."""
 
         def put(path: str, leaf: Any) -> Any:
             kept = self._kept[path]
@@ -198,7 +199,7 @@ def compact(apply: Apply, params: Params, masks: Masks, x: Any) -> tuple[Params,
     A unit goes if the masks show that the function stays the same, for all values of the
     parameters that are kept: because its value is zero wherever it is summed, or nothing is made
     of it. Units that lost all their inputs or outputs to masks of single weights go too. All
-    other units stay, masked.
+    other units stay, masked. Values are taken to be finite: zero times infinity counts as zero.
 
     Args:
         apply: the network, any function of parameters and inputs that JAX can trace.

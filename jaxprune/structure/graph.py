@@ -151,7 +151,7 @@ class Program:
 
 def trace_program(apply: Apply, params: Params, x: Any) -> Program:
     """Trace a network and follow its axes."""
-    abstract = jax.tree.map(_abstract, (params, x))
+    abstract = jax.eval_shape(lambda *args: args, params, x)
     closed, shape = jax.make_jaxpr(apply, return_shape=True)(*abstract)
     paths = [path for path, _ in trees.paths_and_leaves(params)]
     leaves = jax.tree.leaves(abstract[0])
@@ -228,8 +228,8 @@ def _prove(
 ) -> tuple[dict[Atom, str], set[Atom]]:
     """Return why units of an atom cannot be removed, and of which consumers must be masked.
 
-    The first unit of every atom is taken to be masked in all members but the consumers, and then,
-    where that does not do, in those too.
+    Every other unit of every atom is taken to be masked, and then the others: in all members but
+    the consumers, and then, where that does not do, in those too.
     """
     reasons = {atom: atom.reason for atom in members if atom.reason}
     for atom, found in members.items():
@@ -238,22 +238,20 @@ def _prove(
     free = [atom for atom in members if atom not in reasons]
 
     def failing(masks_consumers: set[Atom]) -> dict[Atom, str]:
-        zero: list[list[np.ndarray]] = [
-            [np.zeros(n, bool) for n in leaf.shape] for leaf in program.leaves
-        ]
-        for atom in free:
-            for leaf, m in members[atom]:
-                masked = m.role != "consumes" or atom in masks_consumers
-                if masked and jnp.issubdtype(program.leaves[leaf].dtype, jnp.inexact):
-                    zero[leaf][m.axis] |= m.index == 0
-        facts = [zeros_at(z, leaf.dtype) for z, leaf in zip(zero, program.leaves, strict=True)]
-        sites = program.interpret(facts)
-        unused = np.ones(1, bool)
-        return {
-            atom: sites.reasons.get(atom, "nothing takes it in")
-            for atom in free
-            if sites.matter.get(atom, unused)[0]
-        }
+        found: dict[Atom, str] = {}
+        for first in (0, 1):
+            zero = [[np.zeros(n, bool) for n in leaf.shape] for leaf in program.leaves]
+            for atom in free:
+                for leaf, m in members[atom]:
+                    masked = m.role != "consumes" or atom in masks_consumers
+                    if masked and jnp.issubdtype(program.leaves[leaf].dtype, jnp.inexact):
+                        zero[leaf][m.axis] |= (m.index >= 0) & (m.index % 2 == first)
+            facts = [zeros_at(z, leaf.dtype) for z, leaf in zip(zero, program.leaves, strict=True)]
+            sites = program.interpret(facts)
+            for atom in free:
+                if sites.matter.get(atom, np.ones(atom.size, bool))[first::2].any():
+                    found.setdefault(atom, sites.reasons.get(atom, "nothing takes it in"))
+        return found
 
     masks_consumers = set(failing(set()))
     return reasons | failing(masks_consumers), masks_consumers
@@ -302,11 +300,3 @@ def _outer(atom: Atom, members: dict[Atom, list[tuple[int, Member]]]) -> list[At
             if np.any(both) and (m.axis < member.axis or runs[0] < runs[1]):
                 found.append(other)
     return found
-
-
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    if not hasattr(leaf, "dtype"):
-        leaf = jnp.asarray(leaf)
-    extended = jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
-    dtype = leaf.dtype if extended else jax.dtypes.canonicalize_dtype(leaf.dtype)
-    return jax.ShapeDtypeStruct(leaf.shape, dtype)

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
@@ -112,7 +113,7 @@ def follow(
         of_inputs = [
             NO_LEAVES if isinstance(x, Literal) else origins.get(x, NO_LEAVES) for x in eqn.invars
         ]
-        if name in _PROGRAMS:
+        if name in _PROGRAMS and not _closes_over_values(eqn):
             inner = _PROGRAMS[name](eqn, ins, of_inputs, uses, derivatives)
             outs, node.inner[i] = inner
         else:
@@ -154,6 +155,13 @@ def inexact(x: Any) -> bool:
     return jnp.issubdtype(x.aval.dtype, jnp.inexact)
 
 
+def _closes_over_values(eqn: Any) -> bool:
+    """Tell whether a derivative uses values that are no arguments; JAX cannot take it either."""
+    if eqn.primitive.name != "custom_jvp_call":
+        return False
+    return any(isinstance(const, jax.core.Tracer) for const in derivative_program(eqn)[1])
+
+
 def _rule(name: str) -> Callable[[Any, list[Axes]], list[Axes]]:
     if name in ELEMENTWISE:
         return _elementwise
@@ -170,6 +178,7 @@ def _unknown(eqn: Any, ins: list[Axes]) -> list[Axes]:
 
 _REASONS = {
     "custom_vjp_call": "whose derivative rule is for its shapes",
+    "custom_jvp_call": "whose derivative rule closes over values",
     "while": "a loop that is not followed",
     "cond": "a branch that is not followed",
 }
