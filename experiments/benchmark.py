@@ -114,7 +114,8 @@ class Benchmark:
     """The trained network, its masks, and what has been measured."""
 
     def __init__(self, loaded: data.Data, rounds: int, hidden_sizes: Sequence[int], size: int):
-        self.data, self.num_rounds, self.matmul_flop = loaded, rounds, 2 * size**3
+        self.data: data.Data = jax.tree.map(jnp.asarray, loaded)  # once, as a sweep does
+        self.num_rounds, self.matmul_flop = rounds, 2 * size**3
         self.rows: list[Row] = []
         self.multiply = jax.jit(jnp.matmul)
         self.factors = jax.random.normal(jax.random.key(0), (2, size, size))
@@ -192,7 +193,7 @@ class Benchmark:
 
     def measure_epoch(self, ask: Ask | None) -> None:
         """Check that PyTorch has the same network, and compare how fast it goes on learning."""
-        x, y = (jnp.asarray(values[:500]) for values in self.data.train)
+        x, y = (values[:500] for values in self.data.train)
         mean_loss = jax.jit(lambda *args: metrics.cross_entropy(self.apply(*args), y).mean())
         loss = float(mean_loss(self.params, x))
         if ask and abs(loss - ask("loss", examples=len(y))["loss"]) > 1e-4:
@@ -218,7 +219,7 @@ class Benchmark:
 
     def measure_smaller(self) -> None:
         """Compare what unit pruning leaves, compacted, with the same under masks."""
-        x = jnp.asarray(self.data.test.x[:INFERENCE_BATCH])
+        x = self.data.test.x[:INFERENCE_BATCH]
         dense = jax.jit(self.apply)
         for level, goal in COMPACT_GOALS.items():
             i = config.LEVELS.index(level)
