@@ -1,6 +1,7 @@
 """Random programs of the supported primitives: compact equals masked, or a group says why not."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -138,6 +139,10 @@ def run(steps: list[Step], param: Callable[..., Any], x: Any) -> Any:
         elif name == "take":
             order = np.arange(n)[:: -1 if a % 2 else 1][: n - b % 2]
             x = jnp.take(x, jnp.asarray(order), axis=-1) if n > 2 else jnp.sort(x, axis=-1)
+        elif name == "fill":  # the last index is out of range
+            fill = (0.0, 0.7)[b % 2]
+            order = jnp.arange(1 if a % 2 else 0, x.shape[1] + 1)
+            x = jnp.take(x, order, axis=1, mode="fill", fill_value=fill) if x.ndim > 2 else x
         elif name == "convolution" and x.ndim == 3:
             x = convolved(key, a, b, param, x)
         elif name == "scan":
@@ -150,7 +155,10 @@ def convolved(key: str, a: int, b: int, param: Callable[..., Any], x: Any) -> An
     n = x.shape[-1]
     if b % 4 == 3:
         first, reduce = (-jnp.inf, jax.lax.max) if a % 2 else (0.0, jax.lax.add)
-        return jax.lax.reduce_window(x, first, reduce, (1, 2, 1), (1, 1, 1), "SAME")
+        # With a padding of two there are windows in the padding alone.
+        padding = ((0, 0), (a % 3, (a + b) % 3), (0, 0))
+        x = jax.lax.reduce_window(x, first, reduce, (1, 2, 1), (1, 1, 1), padding)
+        return jnp.maximum(x, -9.0)
     groups = (1, 2 if n % 2 == 0 else 1, n)[b % 4]
     kernel = param(f"{key}_kernel", 2, n // groups, groups * (1 + a % 3))
     numbers = ("NWC", "WIO", "NWC")
@@ -184,7 +192,7 @@ def scanned(key: str, a: int, b: int, param: Callable[..., Any], x: Any) -> Any:
 NAMES = (
     "dense dense dense tied low_rank elementwise elementwise bias scale constant save join join "
     "flatten unflatten transpose matmul attention reduce norm softmax slice pad split cumulate "
-    "reverse take convolution convolution scan"
+    "reverse take fill convolution convolution scan"
 ).split()
 STEPS = st.lists(
     st.tuples(st.sampled_from(NAMES), st.integers(0, 20), st.integers(0, 11)),
@@ -209,6 +217,11 @@ def make(steps: list[Step], rng: np.random.Generator, shape: tuple[int, ...]) ->
     return lambda p, x: run(steps, lambda name, *_: p[name], x), params
 
 
+def slope(apply: Any) -> Any:
+    """Return the gradient with respect to the inputs, whose derivative is a second one."""
+    return lambda params, x: jax.grad(lambda x: jnp.sum(jnp.sin(apply(params, x))))(x)
+
+
 def check_program(steps: list[Step], seed: int) -> None:
     rng = np.random.default_rng(seed)
     shape = (2, 3, 4) if rng.random() < 0.7 else (3, 4)
@@ -226,12 +239,17 @@ def check_program(steps: list[Step], seed: int) -> None:
         plan = quietly(compaction, apply, params, masks, x)
         for group in graph.groups:
             if group.prunable and group.within is None:
-                member = next(m for m in group.members if "produces" in m.role)
-                mask = np.moveaxis(masks[member.path], member.axis, 0)
-                kept = sum(mask[member.index == u].any() for u in range(group.size))
+                own = [m for m in group.members if m.role != "consumes"]
+                rows = [(np.moveaxis(masks[m.path], m.axis, 0), m.index) for m in own]
+                kept = sum(any(r[i == u].any() for r, i in rows) for u in range(group.size))
                 assert plan.widths[group.name][1] <= max(kept, 1), group.name
         inputs = [x, rng.normal(size=(5, *shape[1:]))] if rng.random() < 0.2 else [x]
         check_compact(masked, params, masks, plan, inputs, 1e-9)
+        if rng.random() < 0.1:
+            slopes = SimpleNamespace(
+                apply=slope(plan.apply), params=plan.params, shrink=plan.shrink, expand=plan.expand
+            )
+            check_compact(derivative(slope(apply)), params, masks, slopes, [x], 1e-9)
         # Weights, and whole rows and columns, which leave units without inputs or outputs.
         masks = {path: weight_mask(leaf.shape, rng) for path, leaf in params.items()}
         plan = quietly(compaction, apply, params, masks, x, fold=False)
