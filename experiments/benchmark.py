@@ -114,8 +114,7 @@ class Benchmark:
     """The trained network, its masks, and what has been measured."""
 
     def __init__(self, loaded: data.Data, rounds: int, hidden_sizes: Sequence[int], size: int):
-        self.data: data.Data = jax.tree.map(jnp.asarray, loaded)  # once, as a sweep does
-        self.num_rounds, self.matmul_flop = rounds, 2 * size**3
+        self.data, self.num_rounds, self.matmul_flop = loaded, rounds, 2 * size**3
         self.rows: list[Row] = []
         self.multiply = jax.jit(jnp.matmul)
         self.factors = jax.random.normal(jax.random.key(0), (2, size, size))
