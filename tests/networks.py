@@ -312,14 +312,14 @@ class NormMLP(nn.Module):
         return nn.Dense(self.classes, name="logits")(x)
 
 
-def norm_mlp(*, fast: bool = True) -> Network:
+def norm_mlp(*, fast: bool = True, hidden: tuple[int, int] = (16, 12)) -> Network:
     """Return a network with biases and LayerNorm.
 
     The fast variance, E[x²] − E[x]², sums x and x² only: a unit that is zero adds nothing, and the
     divisors stay. The slow one sums (x − E[x])², which is E[x]² for a unit that is zero: no hidden
     group is prunable.
     """
-    features, hidden, classes = 7, (16, 12), 5
+    features, classes = 7, 5
     init, apply = _linen(NormMLP(hidden, classes, fast), _zeros(1, features))
     groups = {"hidden_0/kernel@0": Group(features, False, INPUT, outgoing=(_dense_in("hidden_0"),))}
     for i, (units, following) in enumerate(zip(hidden, ("hidden_1", "logits"), strict=True)):
@@ -329,8 +329,8 @@ def norm_mlp(*, fast: bool = True) -> Network:
     groups |= _logits(_dense("logits"), classes)
 
     def remaining(widths):
-        first = widths["hidden_0/kernel"] if fast else 16
-        second = widths["hidden_1/kernel"] if fast else 12
+        first = widths["hidden_0/kernel"] if fast else hidden[0]
+        second = widths["hidden_1/kernel"] if fast else hidden[1]
         # A kernel and a bias each; a scale and a bias in the two normalisations.
         dense = (7 + 1) * first + (first + 1) * second + (second + 1) * 5
         return dense + 2 * first + 2 * second
