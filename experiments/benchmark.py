@@ -192,7 +192,7 @@ class Benchmark:
 
     def measure_epoch(self, ask: Ask | None) -> None:
         """Check that PyTorch has the same network, and compare how fast it goes on learning."""
-        x, y = (values[:500] for values in self.data.train)
+        x, y = (jnp.asarray(values[:500]) for values in self.data.train)
         mean_loss = jax.jit(lambda *args: metrics.cross_entropy(self.apply(*args), y).mean())
         loss = float(mean_loss(self.params, x))
         if ask and abs(loss - ask("loss", examples=len(y))["loss"]) > 1e-4:
