@@ -217,8 +217,10 @@ def _decode_leaf(entry: dict[str, Any], data: bytes) -> tuple[np.ndarray, np.nda
 def _decode(raw: bytes) -> tuple[Params, Masks]:
     """Read a whole file; of what it says nothing is trusted."""
     tensors = {name.partition(" ")[0]: tensor for name, tensor in safetensors.deserialize(raw)}
-    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-    header = json.loads(header["__metadata__"]["jaxprune"])
+    container = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    if not (text := container.get("__metadata__", {}).get("jaxprune")):
+        raise ValueError("it has no metadata `jaxprune`")
+    header = json.loads(text)
     if header["version"] != _VERSION:
         raise ValueError(f"its format is {header['version']}, and {_VERSION} can be read")
     digest = header["sha256"].encode()
