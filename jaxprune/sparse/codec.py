@@ -108,7 +108,8 @@ def unpack_mask(classes: bytes, bits: bytes, kept: list[int], shape: tuple[int, 
     groups = list(_blocks(rows, columns))
     ordered = np.empty(shape, bool)
     sizes = [sum(ordered[block].size for block in blocks) for blocks in groups]
-    if len(kept) != len(groups) or any(not 0 <= k <= n for k, n in zip(kept, sizes, strict=True)):
+    fits = [type(k) is int and 0 <= k <= n for k, n in zip(kept, sizes, strict=False)]
+    if len(kept) != len(groups) or not all(fits):
         raise ValueError("the numbers of kept weights do not fit the classes")
     coded = [(-(-n // 8), _bits_model(k, n)) for k, n in zip(kept, sizes, strict=True) if 0 < k < n]
     decoded = iter(_decode(bits, coded))

@@ -144,7 +144,7 @@ def lossless_bound(masks: Masks) -> float:
         12.323...
     """
     sizes = [(np.size(mask), int(np.count_nonzero(mask))) for mask in jax.tree.leaves(masks)]
-    return sum(_log_choose(n, k) / math.log(2) / 8 + 4 * k for n, k in sizes)
+    return math.fsum(_log_choose(n, k) / math.log(2) / 8 + 4 * k for n, k in sizes)
 
 
 def _log_choose(n: int, k: int) -> float:
@@ -185,7 +185,7 @@ def _encode_leaf(
     return entry, b"".join(len(stream).to_bytes(8, "little") + stream for stream in streams)
 
 
-def _decode_leaf(entry: dict[str, Any], data: bytes) -> tuple[np.ndarray, np.ndarray]:
+def _decode_leaf(entry: Any, data: bytes) -> tuple[np.ndarray, np.ndarray]:
     dtype, shape = jnp.dtype(entry["dtype"]), tuple(entry["shape"])
     kept, values, size = entry["kept"], entry["values"], math.prod(entry["shape"])
     streams = _split(data)
@@ -209,6 +209,8 @@ def _decode_leaf(entry: dict[str, Any], data: bytes) -> tuple[np.ndarray, np.nda
         weights = centroids[_from_planes(streams, np.dtype(np.uint8), kept)]
     else:
         raise ValueError(f"values are stored in an unknown way, {values!r}")
+    if next(streams, None) is not None:
+        raise ValueError("a leaf has more bytes than it needs")
     array = np.zeros(shape, dtype)
     array[mask] = weights.astype(dtype)
     return array, mask
@@ -237,7 +239,8 @@ def _decode(raw: bytes) -> tuple[Params, Masks]:
     if allocated > _EXPANSION * len(raw):
         raise ValueError("its arrays are too large for the size of the file")
     leaves = [
-        _decode_leaf(entry, tensors[str(i)]["data"]) for i, entry in enumerate(header["leaves"])
+        _decode_leaf(entry, bytes(tensors[str(i)]["data"]))
+        for i, entry in enumerate(header["leaves"])
     ]
     structure = jax.tree.structure(trees.decode_containers(header["tree"]))
     params, masks = zip(*leaves, strict=True) if leaves else ((), ())
@@ -282,9 +285,8 @@ def _cluster(weights: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
         centroids = np.linspace(ordered[0], ordered[-1], most)
         for _ in range(_ROUNDS):
             ends = np.searchsorted(ordered, (centroids[1:] + centroids[:-1]) / 2)
-            ends = np.array([0, *ends, ordered.size])
-            counts, old = np.diff(ends), centroids
-            centroids = np.where(counts > 0, np.diff(sums[ends]) / np.maximum(counts, 1), old)
+            ends = np.unique(np.array([0, *ends, ordered.size]))  # without those of no weight
+            old, centroids = centroids, np.diff(sums[ends]) / np.diff(ends)
             if np.array_equal(centroids, old):
                 break
     centroids = np.unique(centroids.astype(weights.dtype))
