@@ -12,6 +12,7 @@ import stat
 import sys
 import tracemalloc
 from pathlib import Path
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -331,7 +332,7 @@ def test_codebooks_are_forty_times_smaller(tmp_path, untrained):
     masks = jax.tree.map(np.asarray, weight_masks(untrained, 0.95))
     dense = sum(w.nbytes for w in untrained.values())
     sizes = {}
-    for values in ("float32", *LOSSY):
+    for values in get_args(storage.Values):
         save_sparse(tmp_path / "net", untrained, masks, values=values)
         sizes[values] = (tmp_path / "net").stat().st_size
     assert 40 * sizes["codebook4"] < dense
@@ -474,7 +475,7 @@ def test_a_header_that_lies(small, keys, value):
         node[keys[-1]] = value
 
     path, raw = small
-    assert load_sparse(path)
+    load_sparse(path)
     check_refused(path, forge(raw, change))
 
 
@@ -483,12 +484,12 @@ def test_nothing_large_is_allocated(tmp_path):
     bomb = zstandard.ZstdCompressor().compress(bytes(2**28))
     entropy = b"\x02" + bytes([1, 0, 1]) + np.array([65535, 1], "<u2").tobytes()
 
-    def claim(shape, kept, stream):
+    def claim(shape, kept, *streams, values="float32"):
         def change(header, tensors):
             header["tree"] = "leaf"
-            entry = {"dtype": "uint8", "shape": shape, "kept": kept, "values": "float32"}
+            entry = {"dtype": "float32", "shape": shape, "kept": kept, "values": values}
             header["leaves"] = [entry]
-            data = len(stream).to_bytes(8, "little") + stream
+            data = b"".join(len(stream).to_bytes(8, "little") + stream for stream in streams)
             tensors.clear()
             tensors["0 "] = np.frombuffer(data, np.uint8)
 
@@ -505,6 +506,12 @@ def test_nothing_large_is_allocated(tmp_path):
                     if (n, kept) != (10**6, 0):  # which a file of this size may be
                         check_refused(path, forge(raw, claim([n], kept, stream)))
         check_refused(path, forge(raw, claim([1000], 1000, b"\x01" + bomb)), "wrong size")
+        many = [entropy] * 9
+        check_refused(path, forge(raw, claim([0, 10**12], [0], *many)))
+        check_refused(path, forge(raw, claim([0, 10**12], 0, *many, values="int8")))
+        classes, bits, kept = codec.pack_mask(np.arange(10)[None] > 4)
+        lie = claim([10], kept, classes, bits, b"\xff" * 5, *many, values="codebook4")
+        check_refused(path, forge(raw, lie))
         assert tracemalloc.get_traced_memory()[1] < 20e6
     finally:
         tracemalloc.stop()
@@ -545,8 +552,8 @@ def fuzz(path, raw, rng):
 
 
 def test_damage_under_a_right_digest(small):
-    rng = np.random.default_rng(0)
-    assert 50 < sum(fuzz(*small, rng) for _ in range(200)) < 200
+    (path, raw), rng = small, np.random.default_rng(0)
+    assert 50 < sum(fuzz(path, raw, rng) for _ in range(200)) < 200
 
 
 @pytest.mark.slow

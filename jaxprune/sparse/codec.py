@@ -7,8 +7,9 @@ Positions are a bitmap, and trained networks prune their rows and columns uneven
 is the same in every image loses all its weights. So each row and each column is given a class by
 the logarithm of its odds of being kept, the classes of its row and its column add up to that of a
 position, and the bits of each class are coded with that class's own density. On the challenge
-network this takes 15 to 35% less than the bound of log2 C(n, kept) bits, which knows of no rows,
-and half of what zstandard makes of the bitmap. All that a reader computes from are integers and
+network, trained, this takes 12 to 16% less than the bound of log2 C(n, kept) bits from 90 to 99%,
+which knows of no rows, and 20 to 45% less than what zstandard makes of the bitmap.
+All that a reader computes from are integers and
 products of two floats, which are the same on every machine.
 """
 

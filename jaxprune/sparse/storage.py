@@ -189,7 +189,7 @@ def _decode_leaf(entry: Any, data: bytes) -> tuple[np.ndarray, np.ndarray]:
     dtype, shape = jnp.dtype(entry["dtype"]), tuple(entry["shape"])
     kept, values, size = entry["kept"], entry["values"], math.prod(entry["shape"])
     streams = _split(data)
-    if isinstance(kept, list):
+    if isinstance(kept, list) and size:
         flat = (size // shape[-1], shape[-1])
         mask = codec.unpack_mask(next(streams), next(streams), kept, flat).reshape(shape)
         kept = sum(kept)
@@ -205,7 +205,8 @@ def _decode_leaf(entry: Any, data: bytes) -> tuple[np.ndarray, np.ndarray]:
         scales = np.broadcast_to(_from_planes(streams, _wide(dtype), shape[-1]), shape)[mask]
         weights = _from_planes(streams, np.dtype(np.int8), kept).astype(scales.dtype) * scales
     elif values in get_args(Values):
-        centroids = _from_planes(streams, dtype, int.from_bytes(next(streams)))
+        (count,) = next(streams)  # one byte: at most 255
+        centroids = _from_planes(streams, dtype, count)
         weights = centroids[_from_planes(streams, np.dtype(np.uint8), kept)]
     else:
         raise ValueError(f"values are stored in an unknown way, {values!r}")
@@ -250,7 +251,7 @@ def _decode(raw: bytes) -> tuple[Params, Masks]:
 # What reading a file can raise that `save_sparse` did not write.
 _DAMAGE = (
     ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError,
-    MemoryError, StopIteration, safetensors.SafetensorError, zstandard.ZstdError,
+    MemoryError, StopIteration, Warning, safetensors.SafetensorError, zstandard.ZstdError,
 )  # fmt: skip
 
 
