@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from jaxprune.masks import apply_masks, masks_at, sparsity_of, unit_masks, weight_masks
     from jaxprune.results import load_run
     from jaxprune.scores import magnitude
+    from jaxprune.sparse import load_sparse, save_sparse
     from jaxprune.sparsity import counts, num_pruned
     from jaxprune.structure import compact, compaction, dependency_graph, group_masks
     from jaxprune.study import prune_curve, run_sweep
@@ -30,12 +31,14 @@ __all__ = [
     "evaluate_levels",
     "group_masks",
     "load_run",
+    "load_sparse",
     "magnitude",
     "make_train",
     "masks_at",
     "num_pruned",
     "prune_curve",
     "run_sweep",
+    "save_sparse",
     "sparsity_of",
     "unit_masks",
     "weight_masks",
@@ -50,12 +53,14 @@ _MODULES = {
     "evaluate_levels": "evaluate",
     "group_masks": "structure",
     "load_run": "results",
+    "load_sparse": "sparse",
     "magnitude": "scores",
     "make_train": "train",
     "masks_at": "masks",
     "num_pruned": "sparsity",
     "prune_curve": "study",
     "run_sweep": "study",
+    "save_sparse": "sparse",
     "sparsity_of": "masks",
     "unit_masks": "masks",
     "weight_masks": "masks",

@@ -11,6 +11,7 @@ final name is complete. An item is stored as a flat dict from paths such as `hid
 arrays, so that containers, empty ones too, come back as they were.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -25,6 +26,7 @@ import numpy as np
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
+from jaxprune import trees
 from jaxprune.trees import paths_and_leaves
 
 _MANIFEST = "manifest.json"
@@ -100,7 +102,7 @@ def load(path: Path, name: str, target: PyTree | None = None) -> PyTree:
     if target is not None:
         wanted = _describe(target)
     elif "tree" in entry:
-        target = _decode(entry["tree"])
+        target = trees.decode_containers(entry["tree"])
     else:
         raise ValueError(f"{path}: {name} is not made of dict, list and tuple alone: pass a target")
     for key in saved | wanted:
@@ -214,33 +216,14 @@ def _save_item(path: Path, item: PyTree) -> dict[str, Any]:
         "leaves": _describe(item),
         "files": {str(file.relative_to(path)): _digest(file) for file in files},
     }
-    encoded = _encode(item)
-    if jax.tree.structure(_decode(encoded)) == jax.tree.structure(item):
-        entry["tree"] = encoded
+    with contextlib.suppress(TypeError):
+        entry["tree"] = trees.encode_containers(item)
     return entry
 
 
 def _describe(tree: PyTree) -> dict[str, list[Any]]:
     """Return path -> [dtype, shape], in the order of the leaves."""
     return {key: [leaf.dtype.name, list(leaf.shape)] for key, leaf in paths_and_leaves(tree)}
-
-
-def _encode(tree: PyTree) -> Any:
-    """Return the containers as JSON; all but dict, list, tuple and None counts as a leaf."""
-    if type(tree) is dict and all(type(key) in (str, int) for key in tree):
-        return {"dict": [[key, _encode(value)] for key, value in tree.items()]}
-    if type(tree) in (list, tuple):
-        return {type(tree).__name__: [_encode(value) for value in tree]}
-    return None if tree is None else "leaf"
-
-
-def _decode(encoded: Any) -> PyTree:
-    if not isinstance(encoded, dict):
-        return encoded
-    [(kind, values)] = encoded.items()
-    if kind == "dict":
-        return {key: _decode(value) for key, value in values}
-    return {"list": list, "tuple": tuple}[kind](map(_decode, values))
 
 
 def _digest(path: Path) -> str:

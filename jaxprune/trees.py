@@ -78,6 +78,34 @@ def check_match(name: str, tree: Any, reference_name: str, reference: Any) -> No
         )
 
 
+def encode_containers(tree: Any) -> Any:
+    """Return the containers as JSON, with "leaf" for every leaf.
+
+    Raises:
+        TypeError: one is no dict with keys of str or int, list, tuple or None.
+    """
+    if type(tree) is dict and all(type(key) in (str, int) for key in tree):
+        return {"dict": [[key, encode_containers(value)] for key, value in tree.items()]}
+    if type(tree) in (list, tuple):
+        return {type(tree).__name__: [encode_containers(value) for value in tree]}
+    if tree is not None and not jax.tree_util.all_leaves([tree]):
+        raise TypeError(
+            "containers must be dict (with keys of str or int), list, tuple or None, "
+            f"got {type(tree).__name__}"
+        )
+    return None if tree is None else "leaf"
+
+
+def decode_containers(encoded: Any) -> Any:
+    """Return what `encode_containers` was given, with a string for every leaf."""
+    if not isinstance(encoded, dict):
+        return encoded
+    [(kind, values)] = encoded.items()
+    if kind == "dict":
+        return {key: decode_containers(value) for key, value in values}
+    return {"list": list, "tuple": tuple}[kind](map(decode_containers, values))
+
+
 def map_levels(f: Callable, stacked: Any, levels_at_once: int | None = None) -> Any:
     """Map `f` over the leading levels axis of a tree, under `jit`: the same code, wide or narrow.
 
