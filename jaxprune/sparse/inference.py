@@ -154,6 +154,7 @@ class _Network:
             partial(jax.jit(self._apply), jax.tree.map(jnp.asarray, params)),
             _with_sparse(program, []),
         ]
+        products = [product for product in products if product.float32]
         if products and jax.default_backend() == "cpu":
             chosen = _faster_alone(program, products, x)
             different = 0 < len(chosen) < len(products)
@@ -167,7 +168,9 @@ class _Network:
             return constant
         data = np.ascontiguousarray(constant)
         kind = repr((data.shape, data.dtype)).encode()
-        return self._constants.setdefault(hashlib.sha256(data.data).digest() + kind, constant)
+        return self._constants.setdefault(
+            hashlib.sha256(data.reshape(-1).view(np.uint8)).digest() + kind, constant
+        )
 
 
 def _key(x: Any) -> Any:
@@ -203,9 +206,10 @@ def _with_sparse(program: Program, products: Sequence[Product]) -> partial[Any]:
 
 
 def _packed(chain: Sequence[Product], rows: int) -> Any:
-    from jaxprune.sparse import kernel  # which imports Numba
+    from jaxprune.sparse import packing  # which imports Numba
 
-    return jnp.asarray(kernel.pack([product.layer for product in chain], kernel.tile_for(rows)))
+    layers = [product.layer for product in chain]
+    return jnp.asarray(packing.pack(layers, rows, packing.tile_for(rows)))
 
 
 def _rows(product: Product) -> int:

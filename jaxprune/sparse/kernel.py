@@ -1,43 +1,46 @@
 """The CPU kernel of sparse products: Numba code that XLA calls by its foreign function interface.
 
-Weights come in from `inference` and are packed into one array of integers; a call takes rows and
-that array, and carries the rows through a chain of products while they are in the cache.
-
-A layer is y = act(x W + b), W by columns of what is kept. Two kernels:
+Rows and a chain of layers that `packing` made one array come in; the results of the last layer go
+out. A layer is y = act(x W + b). There are two kernels:
 
 - By tiles: some rows at once, transposed, so that a feature of all of them is one vector, and a
-  kept weight one multiply-add of vectors. The features are taken in parts that fit into the
-  innermost cache, where columns are not so empty that this costs more than it saves.
-- By rows, for very few of them: W by rows, those of inputs that are zero skipped, as half of them
-  are after a ReLU.
+  kept weight one multiply-add of vectors. A tile goes through all layers while it is in the cache.
+- By columns, for very few rows: inputs that are zero are skipped, as half of them are after a
+  ReLU, and threads share the columns of a layer.
+
+Both take layers that are hardly masked densely, in blocks of columns.
 """
 
 import ctypes
-import os
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
+import llvmlite.binding
 import numpy as np
 from llvmlite import ir
 from numba import carray, cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from jaxprune.sparse.program import Layer
-
 TARGET = "jaxprune_sparse_chain"
 
 TILES = (16, 64)
-_BLOCK = 16
-"""How many rows a tile may have."""
+"""How many rows a tile may have; also the numbers that a vector of the kernel may have."""
 
-# What the array of a packed chain begins with: the number of layers, rows of a tile (0: the kernel
-# by rows), the largest width, the number of words; then of every layer the fields below.
-_HEADER, _FIELDS = 4, 8
-_INPUTS, _OUTPUTS, _PARTS, _RELU, _BIAS, _STARTS, _INDICES, _VALUES = range(_FIELDS)
+BY_COLUMNS = 0
+"""In the place of the rows of a tile: the other kernel."""
+
+BLOCK = {BY_COLUMNS: 64, 16: 6, 64: 6}
+"""How many columns a block of a dense layer has, by the rows of a tile."""
+
+# What a packed chain begins with, in words of eight bytes: how many layers it has, the rows of a
+# tile, the largest width, its size in int32, the most parts of a layer; then these of every layer:
+# its sizes, its parts, whether it has a ReLU, whether it is dense, and where its data start.
+HEADER, FIELDS = 5, 9
+INPUTS, OUTPUTS, PARTS, RELU, DENSE, BIAS, STARTS, INDICES, VALUES = range(FIELDS)
 
 # The interface of XLA (xla/ffi/api/c_api.h) in words of eight bytes: the fields of a call frame,
 # of a buffer, and of the table of functions. They are the same in all versions 0.x; XLA refuses
@@ -48,75 +51,14 @@ _DATA, _DIMS = 3, 5
 _DESTROY_ERROR, _SCHEDULE, _NUM_THREADS = 8, 17, 18
 _EXECUTE = 3
 
-# What the threads of one call share, in words.
-_NEXT, _DONE, _REFERENCES, _X, _OUT, _CHAIN, _ROWS, _TASKS, _REQUEST = range(9)
-_SHARED = 16  # what is asked of XLA, and its answer, come last
+# What the threads of one call share, in words. What is asked of XLA, and its answer, come last;
+# then, of the kernel by columns, the next part and those done of every layer, and what goes in and
+# out of layers.
+_REFERENCES, _NEXT, _DONE, _X, _OUT, _CHAIN, _ROWS, _TASKS, _BUFFERS, _REQUEST = range(10)
+_SHARED = 16
 
+_SIDE = 16  # of a block that is transposed
 _FLOAT, _BYTE, _I32, _I64 = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
-
-
-def pack(layers: Sequence[Layer], tile: int) -> np.ndarray:
-    """Return a chain of layers as one array of int32, of eight bytes a kept weight.
-
-    Args:
-        layers: the outputs of one are the inputs of the next.
-        tile: how many rows at once, or 0 for the kernel by rows.
-    """
-    header = np.zeros(_HEADER + _FIELDS * len(layers), np.int64)
-    sections: list[np.ndarray] = []
-    size = -(-header.size * 2 // 16) * 16
-
-    def add(section: np.ndarray) -> int:
-        nonlocal size
-        start, padding = size, -section.size % 16
-        sections.append(np.pad(section.view(np.int32), (0, padding)))
-        size += section.size + padding
-        return start
-
-    widest = 0
-    for n, layer in enumerate(layers):
-        inputs, outputs = layer.weights.shape
-        widest = max(widest, inputs, outputs)
-        parts = _parts(layer.weights, tile)
-        # Lists of kept weights: of a part's outputs, or of inputs.
-        lists = layer.weights if tile == 0 else layer.weights.T
-        length = -(-lists.shape[1] // parts) if tile else lists.shape[1]
-        starts, indices, values = [np.zeros(1, np.int64)], [], []
-        for part in range(parts):
-            block = lists[:, part * length : (part + 1) * length]
-            row, column = np.nonzero(block)
-            indices.append((column + part * length) * max(1, tile * 4))
-            values.append(block[row, column])
-            ends = np.cumsum(np.bincount(row, minlength=len(block)))
-            starts.append(starts[-1][-1] + ends)
-        field = header[_HEADER + n * _FIELDS :][:_FIELDS]
-        field[_INPUTS], field[_OUTPUTS] = inputs, outputs
-        field[_PARTS], field[_RELU] = parts, layer.relu
-        field[_BIAS] = 0 if layer.bias is None else add(np.asarray(layer.bias, np.float32))
-        field[_STARTS] = add(np.concatenate(starts).astype(np.int32))
-        field[_INDICES] = add(np.concatenate(indices).astype(np.int32))
-        field[_VALUES] = add(np.concatenate(values).astype(np.float32))
-    header[:_HEADER] = len(layers), tile, widest, size
-    head = header.view(np.int32)
-    return np.concatenate([np.pad(head, (0, -head.size % 16)), *sections])
-
-
-def _parts(weights: np.ndarray, tile: int) -> int:
-    """Return into how many parts the inputs are divided."""
-    if tile:
-        for size in (128, 256):
-            # Of a whole vector loop each, and more of narrow tiles, which add up several sums.
-            if np.count_nonzero(weights) * size >= 12 * (64 // tile) * weights.size:
-                return -(-weights.shape[0] // size)
-    return 1
-
-
-def tile_for(rows: int) -> int:
-    """Return how many rows a tile should have, or 0 for the kernel by rows."""
-    threads = os.cpu_count() or 1
-    if rows <= 2 * threads:
-        return 0
-    return TILES[-1] if rows >= TILES[-1] * threads else TILES[0]
 
 
 def run(x: Any, packed: Any, outputs: int) -> Any:
@@ -248,6 +190,12 @@ def _multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
     return builder.call(function, [a, b, c])
 
 
+def _rectified(builder: Any, value: Any, relu: Any) -> Any:
+    zero = ir.Constant(value.type, None)
+    negative = builder.fcmp_ordered("<", value, zero)  # not so of NaN, which stays
+    return builder.select(relu, builder.select(negative, zero, value), value)
+
+
 def _column(tile: int) -> Any:
     """Make the sum over one column: y = start + sum of values[k] x[indices[k]], of a tile's rows.
 
@@ -272,29 +220,71 @@ def _column(tile: int) -> Any:
                     offset = builder.load(builder.gep(_at(builder, indices, _I32), [k]))
                     value = builder.load(builder.gep(_at(builder, values, _FLOAT), [k]))
                     address = builder.add(x, builder.sext(offset, _I64))
-                    features = builder.load(_at(builder, address, vector), align=64)
+                    features = builder.load(_at(builder, address, vector), align=4)
                     value = _spread(builder, value, tile)
                     total = found[i % len(found)]
                     found[i % len(found)] = _multiply_add(builder, value, features, total)
                 return found
 
             start = _spread(builder, start, tile)
-            total = builder.select(first, start, builder.load(result, align=64))
+            total = builder.select(first, start, builder.load(result, align=4))
             totals, main = [total] + [zero] * (sums - 1), builder.and_(count, _I64(-unroll))
             totals = _loop(builder, _I64(0), main, unroll, partial(add, step=unroll), totals)
             while len(totals) > 1:
                 pairs = zip(totals[::2], totals[1::2], strict=True)
                 totals = [builder.fadd(a, b) for a, b in pairs]
             (total,) = _loop(builder, main, count, 1, partial(add, step=1), totals)
-            negative = builder.fcmp_ordered("<", total, zero)  # not so of NaN, which stays
-            positive = builder.select(negative, zero, total)
-            builder.store(builder.select(relu, positive, total), result, align=64)
+            builder.store(_rectified(builder, total, relu), result, align=4)
             return context.get_dummy_value()
 
         word, flag = types.int64, types.boolean
         return types.void(word, word, word, word, word, types.float32, flag, flag), generate
 
     return column
+
+
+def _dense_block(tile: int) -> Any:
+    """Make a block of columns: y[j] = bias[j] + sum of weights[k, j] x[k], of a tile's rows."""
+    columns = BLOCK[tile]
+    wide = llvmlite.binding.get_host_cpu_features().get("avx512f", False)
+    width = tile if wide else TILES[0]  # as many sums as there are registers for
+    vector = _vector(width)
+
+    @intrinsic
+    def block(context, x, weights, count, y, bias, relu):
+        def generate(context, builder, signature, args):
+            x, weights, count, y, bias, relu = args
+
+            def add(at: Any, totals: Sequence[Any], offset: int) -> list[Any]:
+                address = builder.add(x, builder.mul(at, _I64(4 * tile)))
+                place = _at(builder, builder.add(address, _I64(offset)), vector)
+                features, found = builder.load(place, align=4), []
+                first = builder.mul(at, _I64(columns))
+                for j, total in enumerate(totals):
+                    place = builder.gep(
+                        _at(builder, weights, _FLOAT), [builder.add(first, _I64(j))]
+                    )
+                    value = _spread(builder, builder.load(place), width)
+                    found.append(_multiply_add(builder, value, features, total))
+                return found
+
+            for offset in range(0, 4 * tile, 4 * width):
+                biases = [
+                    builder.gep(_at(builder, bias, _FLOAT), [_I64(j)]) for j in range(columns)
+                ]
+                totals = [_spread(builder, builder.load(place), width) for place in biases]
+                body = partial(add, offset=offset)
+                for j, total in enumerate(_loop(builder, _I64(0), count, 1, body, totals)):
+                    place = builder.add(y, _I64(4 * tile * j + offset))
+                    builder.store(
+                        _rectified(builder, total, relu), _at(builder, place, vector), align=4
+                    )
+            return context.get_dummy_value()
+
+        word = types.int64
+        return types.void(word, word, word, word, word, types.boolean), generate
+
+    return block
 
 
 @intrinsic
@@ -335,19 +325,19 @@ def _transpose(context, source, from_stride, target, to_stride):
 
         def place(base: Any, stride: Any, i: int) -> Any:
             address = builder.add(base, builder.mul(stride, _I64(i)))
-            return _at(builder, address, _vector(_BLOCK))
+            return _at(builder, address, _vector(_SIDE))
 
-        block = range(_BLOCK)
+        block = range(_SIDE)
         rows = [builder.load(place(source, from_stride, i), align=4) for i in block]
         # A perfect shuffle of the rows, and of the numbers in each pair of them: once for every
         # bit of the indices.
-        for _ in range(_BLOCK.bit_length() - 1):
-            pairs = list(zip(rows[: _BLOCK // 2], rows[_BLOCK // 2 :], strict=True))
+        for _ in range(_SIDE.bit_length() - 1):
+            pairs = list(zip(rows[: _SIDE // 2], rows[_SIDE // 2 :], strict=True))
             rows = []
             for a, b in pairs:
-                for half in (0, _BLOCK // 2):
-                    lanes = [half + i // 2 + i % 2 * _BLOCK for i in block]
-                    chosen = ir.Constant(ir.VectorType(_I32, _BLOCK), lanes)
+                for half in (0, _SIDE // 2):
+                    lanes = [half + i // 2 + i % 2 * _SIDE for i in block]
+                    chosen = ir.Constant(ir.VectorType(_I32, _SIDE), lanes)
                     rows.append(builder.shuffle_vector(a, b, chosen))
         for i in block:
             builder.store(rows[i], place(target, to_stride, i), align=4)
@@ -357,42 +347,47 @@ def _transpose(context, source, from_stride, target, to_stride):
     return types.void(word, word, word, word), generate
 
 
-# The kernel. Addresses and words are int64: unsigned ones would make indices floating point.
+# The kernel. Addresses and words are int64: unsigned ones would make indices floating point. Numba
+# compiles these functions as they are written, without the tests' checks of types around them.
 
 
+@no_type_check
 @njit
 def _words(address, count):
     return carray(_pointer(address), (count,), np.int64)
 
 
+@no_type_check
 @njit
 def _floats(address, count):
     return carray(_pointer(address), (count,), np.float32)
 
 
+@no_type_check
 @njit
 def _ints(address, count):
     return carray(_pointer(address), (count,), np.int32)
 
 
+@no_type_check
 def _by_tile(tile: int) -> Any:
     """Make the kernel that carries a tile of rows through all layers."""
-    column = _column(tile)
+    column, block, columns_of_block = _column(tile), _dense_block(tile), BLOCK[tile]
 
     @njit(error_model="numpy")
     def carry(x, out, chain, begin, scratch):
-        head = _words(chain, _HEADER)
+        head = _words(chain, HEADER)
         layers, widest, size = head[0], head[2], head[3]
-        fields = _words(chain, _HEADER + _FIELDS * layers)
+        fields = _words(chain, HEADER + FIELDS * layers)
         ints, floats = _ints(chain, size), _floats(chain, size)
         count = min(tile, x.shape[0] - begin)
         here, there = scratch, scratch + widest * tile * 4
         features = _floats(here, x.shape[1] * tile)
-        rows, columns = count // _BLOCK * _BLOCK, x.shape[1] // _BLOCK * _BLOCK
+        rows, columns = count // _SIDE * _SIDE, x.shape[1] // _SIDE * _SIDE
         width = 4 * x.shape[1]
         source = x.ctypes.data + begin * width
-        for r in range(0, rows, _BLOCK):
-            for k in range(0, columns, _BLOCK):
+        for r in range(0, rows, _SIDE):
+            for k in range(0, columns, _SIDE):
                 _transpose(source + r * width + 4 * k, width, here + 4 * (k * tile + r), 4 * tile)
         if count < tile:
             features.reshape(-1, tile)[:, rows:] = 0
@@ -400,24 +395,29 @@ def _by_tile(tile: int) -> Any:
             for k in range(columns if r < rows else 0, x.shape[1]):
                 features[k * tile + r] = x[begin + r, k]
         for n in range(layers):
-            field = fields[_HEADER + n * _FIELDS :]
-            outputs, parts, bias = field[_OUTPUTS], field[_PARTS], field[_BIAS]
-            starts, relu = field[_STARTS], field[_RELU] != 0
-            for part in range(parts):
-                for j in range(outputs):
-                    at = starts + part * outputs + j
-                    first = np.int64(ints[at])
-                    count_kept = np.int64(ints[at + 1]) - first
-                    column(
-                        here,
-                        chain + 4 * (field[_INDICES] + first),
-                        chain + 4 * (field[_VALUES] + first),
-                        count_kept,
-                        there + j * tile * 4,
-                        floats[bias + j] if bias else np.float32(0),
-                        part == 0,
-                        relu and part == parts - 1,
-                    )
+            field = fields[HEADER + n * FIELDS :]
+            inputs, outputs, parts = field[INPUTS], field[OUTPUTS], field[PARTS]
+            bias, relu = field[BIAS], field[RELU] != 0
+            if field[DENSE]:
+                for j in range(0, outputs, columns_of_block):
+                    values = chain + 4 * (field[VALUES] + inputs * j)
+                    where = there + 4 * j * tile
+                    block(here, values, inputs, where, chain + 4 * (bias + j), relu)
+            else:
+                for part in range(parts):
+                    for j in range(outputs):
+                        at = field[STARTS] + part * outputs + j
+                        first = np.int64(ints[at])
+                        column(
+                            here,
+                            chain + 4 * (field[INDICES] + first),
+                            chain + 4 * (field[VALUES] + first),
+                            np.int64(ints[at + 1]) - first,
+                            there + 4 * j * tile,
+                            floats[bias + j],
+                            part == 0,
+                            relu and part == parts - 1,
+                        )
             here, there = there, here
         results = _floats(here, out.shape[1] * tile)
         for r in range(count):
@@ -427,81 +427,129 @@ def _by_tile(tile: int) -> Any:
     return carry
 
 
-_carry_16, _carry_64 = (_by_tile(tile) for tile in TILES)
+_tile_16, _tile_64 = (_by_tile(tile) for tile in TILES)
+_column_64 = _column(64)
 
 
+@no_type_check
 @njit(error_model="numpy")
-def _carry_row(x, out, chain, row, scratch):
-    """Carry one row through all layers, skipping what zeros would be multiplied with."""
-    head = _words(chain, _HEADER)
-    layers, widest, size = head[0], head[2], head[3]
-    fields = _words(chain, _HEADER + _FIELDS * layers)
-    ints, floats = _ints(chain, size), _floats(chain, size)
-    here, there = _floats(scratch, widest), _floats(scratch + widest * 4, widest)
-    for k in range(x.shape[1]):
-        here[k] = x[row, k]
-    for n in range(layers):
-        field = fields[_HEADER + n * _FIELDS :]
-        outputs, bias = field[_OUTPUTS], field[_BIAS]
-        starts, indices, values = field[_STARTS], field[_INDICES], field[_VALUES]
-        for j in range(outputs):
-            there[j] = floats[bias + j] if bias else np.float32(0)
-        for k in range(field[_INPUTS]):
-            value = here[k]
-            if value != 0:
-                first = np.int64(ints[starts + k])
-                count = np.int64(ints[starts + k + 1]) - first
-                _row(
-                    value,
-                    chain + 4 * (indices + first),
-                    chain + 4 * (values + first),
-                    count,
-                    there.ctypes.data,
-                )
-        if field[_RELU]:
-            for j in range(outputs):
-                there[j] = np.float32(0) if there[j] < 0 else there[j]
-        here, there = there, here
-    for j in range(out.shape[1]):
-        out[row, j] = here[j]
-
-
-@njit(error_model="numpy")
-def _work(shared):
-    """Take tasks, tiles or rows, until none is left."""
+def _work_by_tiles(shared):
+    """Take tiles, and carry them through all layers, until none is left."""
     state = _words(shared, _SHARED)
-    tasks = state[_TASKS]
+    tasks, chain, rows = state[_TASKS], state[_CHAIN], state[_ROWS]
     task = _fetch_add(shared + 8 * _NEXT, 1)
     if task >= tasks:
         return
-    chain, rows = state[_CHAIN], state[_ROWS]
-    head = _words(chain, _HEADER + _FIELDS)
+    head = _words(chain, HEADER)
     layers, tile, widest = head[0], head[1], head[2]
-    fields = _words(chain, _HEADER + _FIELDS * layers)
-    inputs = fields[_HEADER + _INPUTS]
-    outputs = fields[_HEADER + (layers - 1) * _FIELDS + _OUTPUTS]
-    x = carray(_pointer(state[_X]), (rows, inputs), np.float32)
-    out = carray(_pointer(state[_OUT]), (rows, outputs), np.float32)
-    allocated = _allocate(2 * widest * max(1, tile) * 4 + 64)
+    fields = _words(chain, HEADER + FIELDS * layers)
+    x_shape = rows, fields[HEADER + INPUTS]
+    out_shape = rows, fields[HEADER + (layers - 1) * FIELDS + OUTPUTS]
+    x = carray(_pointer(state[_X]), x_shape, np.float32)
+    out = carray(_pointer(state[_OUT]), out_shape, np.float32)
+    allocated = _allocate(8 * widest * tile + 64)
     scratch = (allocated + 63) // 64 * 64
     while task < tasks:
-        if tile == 0:
-            _carry_row(x, out, chain, task, scratch)
-        elif tile == 16:
-            _carry_16(x, out, chain, task * tile, scratch)
+        if tile == 16:
+            _tile_16(x, out, chain, task * tile, scratch)
         else:
-            _carry_64(x, out, chain, task * tile, scratch)
+            _tile_64(x, out, chain, task * tile, scratch)
         _fetch_add(shared + 8 * _DONE, 1)
         task = _fetch_add(shared + 8 * _NEXT, 1)
     _free(allocated)
 
 
+@no_type_check
+@njit(error_model="numpy")
+def _columns(chain, field, part, x, y, lists):
+    """Compute one part of a layer's columns, of one row; return where it begins and ends."""
+    inputs, outputs, parts, relu = field[INPUTS], field[OUTPUTS], field[PARTS], field[RELU] != 0
+    unit = 64 if field[DENSE] else 1
+    units = (outputs + unit - 1) // unit
+    begin = units * part // parts * unit
+    end = min(outputs, units * (part + 1) // parts * unit)
+    # The inputs that are not zero, as offsets of what is multiplied with them in a dense block.
+    offsets, values = _ints(lists, inputs), _floats(lists + 4 * inputs, inputs)
+    count = 0
+    for k in range(inputs):
+        offsets[count], values[count] = 256 * k, x[k]
+        count += x[k] != 0
+    bias = _floats(chain + 4 * field[BIAS], outputs)
+    for j in range(begin, end):
+        y[j] = bias[j]
+    target = y.ctypes.data
+    if field[DENSE]:
+        for j in range(begin, end, 64):
+            weights = chain + 4 * (field[VALUES] + inputs * j)
+            start = np.float32(0)
+            place = target + 4 * j
+            _column_64(weights, lists, lists + 4 * inputs, count, place, start, False, relu)
+    else:
+        starts = _ints(chain + 4 * (field[STARTS] + part * (inputs + 1)), inputs + 1)
+        for i in range(count):
+            k = np.int64(offsets[i]) // 256
+            first = np.int64(starts[k])
+            indices = chain + 4 * (field[INDICES] + first)
+            kept = chain + 4 * (field[VALUES] + first)
+            _row(values[i], indices, kept, np.int64(starts[k + 1]) - first, target)
+        if relu:
+            for j in range(begin, end):
+                y[j] = np.float32(0) if y[j] < 0 else y[j]
+    return begin, end
+
+
+@no_type_check
+@njit(error_model="numpy")
+def _work_by_columns(shared):
+    """Take parts of a layer's columns until none is left, wait for the others, and go on."""
+    state = _words(shared, _SHARED)
+    chain, rows, buffers = state[_CHAIN], state[_ROWS], state[_BUFFERS]
+    head = _words(chain, HEADER)
+    layers, widest = head[0], head[2]
+    fields = _words(chain, HEADER + FIELDS * layers)
+    lists = _allocate(8 * widest)
+    for n in range(layers):
+        field = fields[HEADER + n * FIELDS :]
+        inputs, outputs, parts = field[INPUTS], field[OUTPUTS], field[PARTS]
+        source = buffers + 4 * widest * rows * ((n + 1) % 2) if n else state[_X]
+        stride = 4 * widest if n else 4 * inputs
+        target = buffers + 4 * widest * rows * (n % 2)
+        counter = shared + 8 * (_SHARED + 2 * n)
+        part = _fetch_add(counter, 1)
+        while part < parts:
+            for r in range(rows):
+                x = _floats(source + stride * r, inputs)
+                y = _floats(target + 4 * widest * r, widest)
+                begin, end = _columns(chain, field, part, x, y, lists)
+                if n == layers - 1:
+                    out = _floats(state[_OUT] + 4 * outputs * r, outputs)
+                    for j in range(begin, end):
+                        out[j] = y[j]
+            _fetch_add(counter + 8, 1)
+            part = _fetch_add(counter, 1)
+        while _read(counter + 8) < parts:
+            pass
+    _free(lists)
+
+
+@no_type_check
+@njit
+def _work(shared):
+    chain = _words(shared, _SHARED)[_CHAIN]
+    if _words(chain, HEADER)[1]:
+        _work_by_tiles(shared)
+    else:
+        _work_by_columns(shared)
+
+
+@no_type_check
 @njit
 def _release(shared):
     if _fetch_add(shared + 8 * _REFERENCES, -1) == 1:
         _free(shared)
 
 
+@no_type_check
 @njit
 def _help(shared):
     """Do what a thread of XLA's pool does for a call; it may well come late, and find nothing."""
@@ -509,6 +557,7 @@ def _help(shared):
     _release(shared)
 
 
+@no_type_check
 @njit
 def _ask(frame, function, size, first, second, shared):
     """Call a function of XLA with a struct of the context and two fields; return its success."""
@@ -522,6 +571,7 @@ def _ask(frame, function, size, first, second, shared):
     return error == 0
 
 
+@no_type_check
 def _handle(address):
     """Answer a call of XLA: what interface this is written for, or the results of a chain."""
     frame = _words(address, 16)
@@ -533,13 +583,19 @@ def _handle(address):
         return 0
     buffers = _words(frame[_ARGS], 2)
     x, chain = _words(buffers[0], 6), _words(buffers[1], 6)[_DATA]
-    rows, tile = _words(x[_DIMS], 2)[0], _words(chain, _HEADER)[1]
-    tasks = (rows + tile - 1) // tile if tile else rows
-    shared = _allocate(8 * _SHARED)
-    state = _words(shared, _SHARED)
-    state[_NEXT], state[_DONE], state[_REFERENCES], state[_TASKS] = 0, 0, 1, tasks
+    rows, head = _words(x[_DIMS], 2)[0], _words(chain, HEADER)
+    layers, tile, widest, parts = head[0], head[1], head[2], head[4]
+    if rows == 0:
+        return 0
+    tasks = (rows + tile - 1) // tile if tile else parts
+    counters = 0 if tile else 2 * layers
+    shared = _allocate(8 * (_SHARED + counters) + (0 if tile else 8 * widest * rows + 64))
+    state = _words(shared, _SHARED + counters)
+    state[:] = 0
+    state[_REFERENCES], state[_TASKS] = 1, tasks
     state[_X], state[_CHAIN], state[_ROWS] = x[_DATA], chain, rows
     state[_OUT] = _words(_words(frame[_RESULTS], 1)[0], 6)[_DATA]
+    state[_BUFFERS] = (shared + 8 * (_SHARED + counters) + 63) // 64 * 64
     # The calling thread works too, and waits for nobody who has not begun: there is no deadlock,
     # however many calls there are at once.
     answer = _REQUEST + 5
@@ -551,7 +607,7 @@ def _handle(address):
             _release(shared)
             break
     _work(shared)
-    while _read(shared + 8 * _DONE) < tasks:
+    while tile and _read(shared + 8 * _DONE) < tasks:
         pass
     _release(shared)
     return 0

@@ -24,7 +24,7 @@ class Layer(NamedTuple):
     """A matrix product with what follows it.
 
     Attributes:
-        weights: (inputs, outputs), float32, many of them zero.
+        weights: (inputs, outputs), many of them zero.
         bias: (outputs,) or None.
         relu: whether max(., 0) is taken of it.
     """
@@ -46,6 +46,7 @@ class Product(NamedTuple):
         swapped: whether the weights are the first operand.
         out: the result.
         leaves: those of the parameters that the weights are made from, by number.
+        float32: whether both operands and the result are of this type.
         single: whether one equation alone takes in the result.
     """
 
@@ -57,12 +58,14 @@ class Product(NamedTuple):
     swapped: bool
     out: Any
     leaves: frozenset[int]
+    float32: bool
     single: bool
 
     def rows(self, x: Any) -> Any:
         """Return the operand as a matrix, (rows, inputs)."""
         moved = jnp.moveaxis(x, self.axes, range(-len(self.axes), 0))
-        return jnp.reshape(moved, (-1, self.layer.weights.shape[0]))
+        kept = moved.ndim - len(self.axes)
+        return jnp.reshape(moved, (math.prod(moved.shape[:kept]), math.prod(moved.shape[kept:])))
 
     def result(self, rows: Any, kept: Sequence[int]) -> Any:
         """Return (rows, outputs) with the axes that it has in the program, of `x` those kept."""
@@ -121,12 +124,15 @@ class Program(NamedTuple):
             function, which gives a chain's results of its number and the rows that go in.
         """
         steps, needed = self._live(self.jaxpr.outvars, chains)
+        # What lives on with the function is to hold no weights.
+        bare = self._replace(known={})
+        chains = [[product._replace(layer=None) for product in chain] for chain in chains]
 
         def run(values: Sequence[Any], x: Any, call: Callable[[int, Any], Any]) -> Any:
             given = dict(zip(needed, values, strict=True))
-            given |= zip(self.jaxpr.invars[self.leaves :], jax.tree.leaves(x), strict=True)
-            outs = self._run(steps, self.jaxpr.outvars, given, chains, call)
-            return jax.tree.unflatten(self.structure, outs)
+            given |= zip(bare.jaxpr.invars[bare.leaves :], jax.tree.leaves(x), strict=True)
+            outs = bare._run(steps, bare.jaxpr.outvars, given, chains, call)
+            return jax.tree.unflatten(bare.structure, outs)
 
         return needed, run
 
@@ -143,7 +149,7 @@ class Program(NamedTuple):
         return jax.jit(run)([self.known[var] for var in needed], x)
 
     def products(self) -> list[Product]:
-        """Return the products of float32 with weights of parameters, and what follows each."""
+        """Return the products with weights of parameters, and what follows each."""
         eqns = self.jaxpr.eqns
         sources: dict[Any, frozenset[int]] = {}  # of what does not depend on the inputs
         sources |= {var: frozenset() for var in self.jaxpr.constvars}
@@ -174,7 +180,6 @@ class Program(NamedTuple):
             for x, weights, swapped in ((*eqn.invars, False), (*eqn.invars[::-1], True))
             if sources.get(weights) and x not in sources and weights.aval.size
             if eqn.params["dimension_numbers"][1] == ((), ())
-            if all(v.aval.dtype == jnp.float32 for v in (x, weights, *eqn.outvars))
         ]
         others = [follower(eqns[i].outvars[0])[2] for i, *_ in found]
         wanted = [weights for _, _, weights, _ in found]
@@ -199,9 +204,20 @@ class Program(NamedTuple):
                 members, relu = [*members, at], True
             out = eqns[members[-1]].outvars[0]
             layer = Layer(matrix, bias, relu)
-            single, leaves = follower(out)[0] >= 0, sources[weights]
+            types = {v.aval.dtype for v in (x, weights, out)}
             products.append(
-                Product(tuple(members), x, axes, layer, free, swapped, out, leaves, single)
+                Product(
+                    equations=tuple(members),
+                    x=x,
+                    axes=axes,
+                    layer=layer,
+                    free=free,
+                    swapped=swapped,
+                    out=out,
+                    leaves=sources[weights],
+                    float32=types == {jnp.dtype(jnp.float32)},
+                    single=follower(out)[0] >= 0,
+                )
             )
         return products
 
