@@ -209,7 +209,7 @@ def _packed(chain: Sequence[Product], rows: int) -> Any:
     from jaxprune.sparse import packing  # which imports Numba
 
     layers = [product.layer for product in chain]
-    return jnp.asarray(packing.pack(layers, rows, packing.tile_for(rows)))
+    return jnp.asarray(packing.pack(layers, rows, packing.tile_for(layers, rows)))
 
 
 def _rows(product: Product) -> int:

@@ -468,17 +468,17 @@ def _columns(chain, field, part, x, y, lists):
     units = (outputs + unit - 1) // unit
     begin = units * part // parts * unit
     end = min(outputs, units * (part + 1) // parts * unit)
-    # The inputs that are not zero, as offsets of what is multiplied with them in a dense block.
-    offsets, values = _ints(lists, inputs), _floats(lists + 4 * inputs, inputs)
-    count = 0
-    for k in range(inputs):
-        offsets[count], values[count] = 256 * k, x[k]
-        count += x[k] != 0
     bias = _floats(chain + 4 * field[BIAS], outputs)
     for j in range(begin, end):
         y[j] = bias[j]
     target = y.ctypes.data
     if field[DENSE]:
+        # The inputs that are not zero, as a column of offsets of what is multiplied with them.
+        offsets, values = _ints(lists, inputs), _floats(lists + 4 * inputs, inputs)
+        count = 0
+        for k in range(inputs):
+            offsets[count], values[count] = 256 * k, x[k]
+            count += x[k] != 0
         for j in range(begin, end, 64):
             weights = chain + 4 * (field[VALUES] + inputs * j)
             start = np.float32(0)
@@ -486,12 +486,12 @@ def _columns(chain, field, part, x, y, lists):
             _column_64(weights, lists, lists + 4 * inputs, count, place, start, False, relu)
     else:
         starts = _ints(chain + 4 * (field[STARTS] + part * (inputs + 1)), inputs + 1)
-        for i in range(count):
-            k = np.int64(offsets[i]) // 256
-            first = np.int64(starts[k])
-            indices = chain + 4 * (field[INDICES] + first)
-            kept = chain + 4 * (field[VALUES] + first)
-            _row(values[i], indices, kept, np.int64(starts[k + 1]) - first, target)
+        for k in range(inputs):
+            if x[k] != 0:
+                first = np.int64(starts[k])
+                indices = chain + 4 * (field[INDICES] + first)
+                kept = chain + 4 * (field[VALUES] + first)
+                _row(x[k], indices, kept, np.int64(starts[k + 1]) - first, target)
         if relu:
             for j in range(begin, end):
                 y[j] = np.float32(0) if y[j] < 0 else y[j]

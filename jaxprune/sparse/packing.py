@@ -13,16 +13,17 @@ from jaxprune.sparse import kernel
 from jaxprune.sparse.kernel import BLOCK, BY_COLUMNS, FIELDS, HEADER, TILES
 from jaxprune.sparse.program import Layer
 
-_DENSE_FROM = {BY_COLUMNS: 0.35, 16: 0.6, 64: 0.6}  # measured: the density from which dense is fast
+_DENSE_FROM = {BY_COLUMNS: 0.25, 16: 0.6, 64: 0.6}  # measured: the density from which dense is fast
 _SHARE = 1 << 14  # weights that are worth another thread's while
 
 
-def tile_for(rows: int) -> int:
+def tile_for(layers: Sequence[Layer], rows: int) -> int:
     """Return how many rows a tile should have, or `BY_COLUMNS`."""
-    threads = os.cpu_count() or 1
-    if rows <= 4:
+    kept = sum(np.count_nonzero(layer.weights) for layer in layers)
+    density = kept / sum(layer.weights.size for layer in layers)
+    if rows < 2 or (rows <= 8 and density >= _DENSE_FROM[BY_COLUMNS]):
         return BY_COLUMNS
-    return TILES[-1] if rows >= TILES[-1] * threads else TILES[0]
+    return TILES[-1] if rows >= TILES[-1] * (os.cpu_count() or 1) else TILES[0]
 
 
 def pack(layers: Sequence[Layer], rows: int, tile: int) -> np.ndarray:
