@@ -118,6 +118,20 @@ def _call(context, function, argument):
 
 
 @intrinsic
+def _sleep(context):
+    """Leave the core to others for a moment, where the system says how."""
+
+    def generate(context, builder, signature, args):
+        if llvmlite.binding.address_of_symbol("usleep"):
+            kind = ir.FunctionType(_I32, [_I32])
+            function = cgutils.get_or_insert_function(builder.module, kind, "usleep")
+            builder.call(function, [_I32(20)])
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
 def _allocate(context, size):
     def generate(context, builder, signature, args):
         return builder.ptrtoint(context.nrt.allocate(builder, args[0]), _I64)
@@ -370,6 +384,20 @@ def _ints(address, count):
 
 
 @no_type_check
+@njit
+def _wait(counter, count):
+    """Wait until a word that threads share has been counted up.
+
+    At first awake, which is fastest. After that a thread that is waited for may need this core.
+    """
+    turns = 0
+    while _read(counter) < count:
+        turns += 1
+        if turns > 20_000:
+            _sleep()
+
+
+@no_type_check
 def _by_tile(tile: int) -> Any:
     """Make the kernel that carries a tile of rows through all layers."""
     column, block, columns_of_block = _column(tile), _dense_block(tile), BLOCK[tile]
@@ -527,8 +555,7 @@ def _work_by_columns(shared):
                         out[j] = y[j]
             _fetch_add(counter + 8, 1)
             part = _fetch_add(counter, 1)
-        while _read(counter + 8) < parts:
-            pass
+        _wait(counter + 8, parts)
     _free(lists)
 
 
@@ -607,8 +634,8 @@ def _handle(address):
             _release(shared)
             break
     _work(shared)
-    while tile and _read(shared + 8 * _DONE) < tasks:
-        pass
+    if tile:
+        _wait(shared + 8 * _DONE, tasks)
     _release(shared)
     return 0
 
