@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -124,15 +125,16 @@ class _Network:
 
     def program(self, x: Any) -> Callable[[Any], Any]:
         """Return the fastest function for inputs of these shapes; made when first needed."""
-        with self._lock, jax.ensure_compile_time_eval():
+        with self._lock:
             key = _key(x)
             if key not in self._programs:
                 inputs, structure = jax.tree.flatten(x)
                 for i, leaf in enumerate(inputs):
                     if isinstance(leaf, Tracer):
                         typical = np.resize(self._example[i], leaf.shape)
-                        inputs[i] = jnp.asarray(typical, leaf.dtype)
-                self._programs[key] = self._fastest(jax.tree.unflatten(structure, inputs))
+                        inputs[i] = typical.astype(leaf.dtype)
+                x = jax.tree.unflatten(structure, inputs)
+                self._programs[key] = _outside(partial(self._fastest, x))
             return self._programs[key]
 
     def _fastest(self, x: Any) -> Callable[[Any], Any]:
@@ -168,9 +170,15 @@ class _Network:
             return constant
         data = np.ascontiguousarray(constant)
         kind = repr((data.shape, data.dtype)).encode()
-        return self._constants.setdefault(
-            hashlib.sha256(data.reshape(-1).view(np.uint8)).digest() + kind, constant
-        )
+        return self._constants.setdefault(hashlib.sha256(data.tobytes()).digest() + kind, constant)
+
+
+def _outside(make: Callable[[], Any]) -> Any:
+    """Call a function that computes, even while JAX traces: in a thread of its own then."""
+    if not isinstance(jnp.zeros(()), Tracer):
+        return make()
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(make).result()
 
 
 def _key(x: Any) -> Any:

@@ -21,7 +21,12 @@ import jax.numpy as jnp
 import llvmlite.binding
 import numpy as np
 from llvmlite import ir
-from numba import carray, cfunc, njit, types
+from numba import (
+    carray,  # pyright: ignore[reportPrivateImportUsage]
+    cfunc,
+    njit,
+    types,
+)
 from numba.core import cgutils
 from numba.extending import intrinsic
 
