@@ -56,11 +56,12 @@ _DATA, _DIMS = 3, 5
 _DESTROY_ERROR, _SCHEDULE, _NUM_THREADS = 8, 17, 18
 _EXECUTE = 3
 
-# What the threads of one call share, in words. What is asked of XLA, and its answer, come last;
-# then, of the kernel by columns, the next part and those done of every layer, and what goes in and
-# out of layers.
-_REFERENCES, _NEXT, _DONE, _X, _OUT, _CHAIN, _ROWS, _TASKS, _BUFFERS, _REQUEST = range(10)
-_SHARED = 16
+# What the threads of one call share, in words: how many of them there are, the next task and those
+# done, and what the call is of. What is asked of XLA, and its answer, come last; then, of the
+# kernel by columns, the next part, those done and their number of every layer.
+_REFERENCES, _NEXT, _DONE, _TASKS, _X, _OUT, _CHAIN, _ROWS, _TILE, _LAYERS, _WIDEST = range(11)
+_BUFFERS, _REQUEST, _ANSWER = 11, 12, 17
+_SHARED = 18
 
 _SIDE = 16  # of a block that is transposed
 _FLOAT, _BYTE, _I32, _I64 = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
@@ -473,8 +474,7 @@ def _work_by_tiles(shared):
     task = _fetch_add(shared + 8 * _NEXT, 1)
     if task >= tasks:
         return
-    head = _words(chain, HEADER)
-    layers, tile, widest = head[0], head[1], head[2]
+    layers, tile, widest = state[_LAYERS], state[_TILE], state[_WIDEST]
     fields = _words(chain, HEADER + FIELDS * layers)
     x_shape = rows, fields[HEADER + INPUTS]
     out_shape = rows, fields[HEADER + (layers - 1) * FIELDS + OUTPUTS]
@@ -536,20 +536,19 @@ def _columns(chain, field, part, x, y, lists):
 def _work_by_columns(shared):
     """Take parts of a layer's columns until none is left, wait for the others, and go on."""
     state = _words(shared, _SHARED)
-    chain, rows, buffers = state[_CHAIN], state[_ROWS], state[_BUFFERS]
-    head = _words(chain, HEADER)
-    layers, widest = head[0], head[2]
+    chain, rows, layers, widest = state[_CHAIN], state[_ROWS], state[_LAYERS], state[_WIDEST]
     fields = _words(chain, HEADER + FIELDS * layers)
+    parts = _words(shared, _SHARED + 3 * layers)[_SHARED + 2 :: 3]
     lists = _allocate(8 * widest)
     for n in range(layers):
-        field = fields[HEADER + n * FIELDS :]
-        inputs, outputs, parts = field[INPUTS], field[OUTPUTS], field[PARTS]
-        source = buffers + 4 * widest * rows * ((n + 1) % 2) if n else state[_X]
-        stride = 4 * widest if n else 4 * inputs
-        target = buffers + 4 * widest * rows * (n % 2)
-        counter = shared + 8 * (_SHARED + 2 * n)
+        target = state[_BUFFERS] + 4 * widest * rows * (n % 2)
+        counter = shared + 8 * (_SHARED + 3 * n)
         part = _fetch_add(counter, 1)
-        while part < parts:
+        while part < parts[n]:
+            field = fields[HEADER + n * FIELDS :]
+            inputs, outputs = field[INPUTS], field[OUTPUTS]
+            source = state[_BUFFERS] + 4 * widest * rows * ((n + 1) % 2) if n else state[_X]
+            stride = 4 * widest if n else 4 * inputs
             for r in range(rows):
                 x = _floats(source + stride * r, inputs)
                 y = _floats(target + 4 * widest * r, widest)
@@ -560,15 +559,15 @@ def _work_by_columns(shared):
                         out[j] = y[j]
             _fetch_add(counter + 8, 1)
             part = _fetch_add(counter, 1)
-        _wait(counter + 8, parts)
+        _wait(counter + 8, parts[n])
     _free(lists)
 
 
 @no_type_check
 @njit
 def _work(shared):
-    chain = _words(shared, _SHARED)[_CHAIN]
-    if _words(chain, HEADER)[1]:
+    """Do tasks of a call. What it is of may be touched with one in hand alone, by the late too."""
+    if _words(shared, _SHARED)[_TILE]:
         _work_by_tiles(shared)
     else:
         _work_by_columns(shared)
@@ -620,20 +619,23 @@ def _handle(address):
     if rows == 0:
         return 0
     tasks = (rows + tile - 1) // tile if tile else parts
-    counters = 0 if tile else 2 * layers
-    shared = _allocate(8 * (_SHARED + counters) + (0 if tile else 8 * widest * rows + 64))
-    state = _words(shared, _SHARED + counters)
+    words = _SHARED if tile else _SHARED + 3 * layers
+    shared = _allocate(8 * words + (0 if tile else 8 * widest * rows + 64))
+    state = _words(shared, words)
     state[:] = 0
     state[_REFERENCES], state[_TASKS] = 1, tasks
     state[_X], state[_CHAIN], state[_ROWS] = x[_DATA], chain, rows
+    state[_TILE], state[_LAYERS], state[_WIDEST] = tile, layers, widest
     state[_OUT] = _words(_words(frame[_RESULTS], 1)[0], 6)[_DATA]
-    state[_BUFFERS] = (shared + 8 * (_SHARED + counters) + 63) // 64 * 64
+    state[_BUFFERS] = (shared + 8 * words + 63) // 64 * 64
+    fields = _words(chain, HEADER + FIELDS * layers)
+    for n in range(0 if tile else layers):
+        state[_SHARED + 3 * n + 2] = fields[HEADER + FIELDS * n + PARTS]
     # The calling thread works too, and waits for nobody who has not begun: there is no deadlock,
     # however many calls there are at once.
-    answer = _REQUEST + 5
-    state[answer] = 1
-    _ask(frame, _NUM_THREADS, 32, shared + 8 * answer, 0, shared)
-    for _ in range(min(state[answer], tasks) - 1):
+    state[_ANSWER] = 1
+    _ask(frame, _NUM_THREADS, 32, shared + 8 * _ANSWER, 0, shared)
+    for _ in range(min(state[_ANSWER], tasks) - 1):
         _fetch_add(shared + 8 * _REFERENCES, 1)
         if not _ask(frame, _SCHEDULE, 40, _helper(), shared, shared):
             _release(shared)
