@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from jaxprune.masks import apply_masks, masks_at, sparsity_of, unit_masks, weight_masks
     from jaxprune.results import load_run
     from jaxprune.scores import magnitude
-    from jaxprune.sparse import load_sparse, save_sparse
+    from jaxprune.sparse import compile_sparse, load_sparse, save_sparse
     from jaxprune.sparsity import counts, num_pruned
     from jaxprune.structure import compact, compaction, dependency_graph, group_masks
     from jaxprune.study import prune_curve, run_sweep
@@ -26,6 +26,7 @@ __all__ = [
     "apply_masks",
     "compact",
     "compaction",
+    "compile_sparse",
     "counts",
     "dependency_graph",
     "evaluate_levels",
@@ -48,6 +49,7 @@ _MODULES = {
     "apply_masks": "masks",
     "compact": "structure",
     "compaction": "structure",
+    "compile_sparse": "sparse",
     "counts": "sparsity",
     "dependency_graph": "structure",
     "evaluate_levels": "evaluate",

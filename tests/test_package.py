@@ -71,7 +71,17 @@ def test_import_is_light() -> None:
     code = "import jaxprune, sys; print(*sorted({m.partition('.')[0] for m in sys.modules}))"
     command = [sys.executable, "-c", code]
     loaded = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    heavy = {"jax", "numpy", "flax", "optax", "orbax", "tensorflow_datasets", "matplotlib", "rich"}
+    heavy = {
+        "jax",
+        "numpy",
+        "flax",
+        "optax",
+        "orbax",
+        "tensorflow_datasets",
+        "matplotlib",
+        "rich",
+        "numba",
+    }
     assert "jaxprune" in loaded.split()
     assert heavy.isdisjoint(loaded.split())
 

@@ -1,0 +1,287 @@
+"""Fast inference of networks whose weights are masked.
+
+A network and its masks come in. Units without effect are removed by `structure`; the matrix
+products left are run by XLA, or by the kernel of `kernel` at the weights that are kept, whichever
+is faster here. A function of inputs goes out.
+"""
+
+import hashlib
+import math
+import threading
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from jaxprune import trees
+from jaxprune.masks import check_masks
+from jaxprune.sparse.program import Product, Program, chains
+from jaxprune.structure import compaction
+from jaxprune.types import Apply, Masks, Params
+
+# A measurement: of so many rounds at least, and at most, and of so many seconds in between.
+_ROUNDS = 5, 30
+_SECONDS = 0.3
+
+
+def compile_sparse(apply: Apply, params: Params, masks: Masks, x: Any) -> Callable[[Any], Any]:
+    """Return a function of inputs that is the masked network, and runs as fast as it can.
+
+    Units that the masks leave without effect are removed. Of what is left, each matrix product
+    with weights of the parameters is run densely or over the kept weights alone, whichever is
+    faster in a short measurement at `x`; sparse products that follow each other, with nothing but
+    a bias and a ReLU between them, are one call. All else stays as it is. Where the masked network
+    itself is fastest, it is what is returned.
+
+    Only products of float32 on a CPU can be sparse, and none inside of a `scan` or another loop; on
+    other devices units are removed and nothing more. It is for inference: sparse products have no
+    derivative. Zeros are skipped, so that an input of infinity or NaN need not spread as it does
+    when it is multiplied by a masked weight.
+
+    Args:
+        apply: the network.
+        params: its parameters; values, not traced.
+        masks: the same tree and shapes, bool, True is kept.
+        x: an example batch, of the size to be fast at and of typical values.
+
+    Returns:
+        A function of inputs like `x`, to be called as it is or under `jit`. It holds the kept
+        weights. At inputs of another shape or dtype it measures anew, once. It equals
+        `apply(apply_masks(params, masks), x)` up to rounding.
+
+    Raises:
+        ValueError: the trees or a leaf's shapes differ, or leaves are masked but none of them is
+            the weights of a matrix product.
+        TypeError: a mask is not bool, or an argument has no values.
+
+    Example:
+        >>> def apply(params, x):
+        ...     return jax.nn.relu(x @ params["hidden"]) @ params["logits"]
+        >>> params = {"hidden": jnp.ones((4, 3)), "logits": jnp.ones((3, 2))}
+        >>> masks = {"hidden": jnp.eye(4, 3) > 0, "logits": jnp.ones((3, 2)) > 0}
+        >>> fast = compile_sparse(apply, params, masks, jnp.ones((2, 4)))
+        >>> fast(jnp.ones((1, 4)))
+        Array([[3., 3.]], dtype=float32)
+    """
+    check_masks(masks, params)
+    for name, tree in (("params", params), ("masks", masks), ("x", x)):
+        for path, leaf in trees.paths_and_leaves(tree):
+            if isinstance(leaf, Tracer | jax.ShapeDtypeStruct):
+                raise TypeError(f"{name} must have values, leaf {path!r} has none: compile outside")
+    network = _Network(apply, params, masks, x)
+    network.program(x)
+    return network.run
+
+
+class _Kept(NamedTuple):
+    """A leaf without what is masked, of a size that is in proportion to what is kept."""
+
+    leaf: Any
+    indices: np.ndarray | None
+    shape: tuple[int, ...]
+    masked: bool
+
+    @classmethod
+    def of(cls, leaf: Any, mask: Any) -> "_Kept":
+        mask = np.asarray(mask)
+        if mask.all():
+            return cls(leaf, None, mask.shape, False)
+        leaf, flat = np.asarray(leaf), np.flatnonzero(mask)
+        if 2 * flat.size > leaf.size:
+            return cls(np.where(mask, leaf, np.zeros((), leaf.dtype)), None, leaf.shape, True)
+        return cls(leaf.ravel()[flat], flat.astype(np.min_scalar_type(leaf.size)), leaf.shape, True)
+
+    def restore(self) -> Any:
+        if self.indices is None:
+            return self.leaf
+        full = np.zeros(self.shape, self.leaf.dtype)
+        full.reshape(-1)[self.indices] = self.leaf
+        return full
+
+
+class _Network:
+    """The kept weights, and a program for every shape of inputs seen."""
+
+    def __init__(self, apply: Apply, params: Params, masks: Masks, x: Any):
+        self._apply = apply
+        self._tree = jax.tree.structure(params)
+        pairs = zip(jax.tree.leaves(params), jax.tree.leaves(masks), strict=True)
+        self._kept = [_Kept.of(leaf, mask) for leaf, mask in pairs]
+        self._example = [np.asarray(leaf) for leaf in jax.tree.leaves(x)]
+        self._programs: dict[Any, Callable[[Any], Any]] = {}
+        self._constants: dict[bytes, Any] = {}
+        self._lock = threading.RLock()
+
+    def run(self, x: Any) -> Any:
+        """Return what the network returns."""
+        return (self._programs.get(_key(x)) or self.program(x))(x)
+
+    def program(self, x: Any) -> Callable[[Any], Any]:
+        """Return the fastest function for inputs of these shapes; made when first needed."""
+        with self._lock:
+            key = _key(x)
+            if key not in self._programs:
+                inputs, structure = jax.tree.flatten(x)
+                for i, leaf in enumerate(inputs):
+                    if isinstance(leaf, Tracer):
+                        typical = np.resize(self._example[i], leaf.shape)
+                        inputs[i] = typical.astype(leaf.dtype)
+                x = jax.tree.unflatten(structure, inputs)
+                self._programs[key] = _outside(partial(self._fastest, x))
+            return self._programs[key]
+
+    def _fastest(self, x: Any) -> Callable[[Any], Any]:
+        leaves = [kept.restore() for kept in self._kept]
+        params = jax.tree.unflatten(self._tree, leaves)
+        masks = jax.tree.unflatten(self._tree, [_nonzero(leaf) for leaf in leaves])
+        with warnings.catch_warnings():  # of groups without effect, of which one unit stays
+            warnings.simplefilter("ignore")
+            plan = compaction(self._apply, params, masks, x)
+        program = Program.of(plan.apply, plan.params, x)
+        products = program.products()
+        masked = {i for i, kept in enumerate(self._kept) if kept.masked}
+        if masked and not any(masked & product.leaves for product in products):
+            raise ValueError(
+                "no masked leaf is the weights of a matrix product outside of loops: there is "
+                "nothing to run sparsely; `compact` removes units alone"
+            )
+        choices = [
+            partial(jax.jit(self._apply), jax.tree.map(jnp.asarray, params)),
+            _with_sparse(program, []),
+        ]
+        products = [product for product in products if product.float32]
+        if products and jax.default_backend() == "cpu":
+            chosen = _faster_alone(program, products, x)
+            different = 0 < len(chosen) < len(products)
+            choices += [_with_sparse(program, some) for some in (products, chosen)[: 1 + different]]
+        best = choices[_fastest(choices, x)]
+        return partial(best.func, jax.tree.map(self._shared, best.args[0]))
+
+    def _shared(self, constant: Any) -> Any:
+        """Return an array that programs of other shapes may hold already."""
+        if not _numeric(constant):
+            return constant
+        data = np.ascontiguousarray(constant)
+        kind = repr((data.shape, data.dtype)).encode()
+        return self._constants.setdefault(hashlib.sha256(data.tobytes()).digest() + kind, constant)
+
+
+def _outside(make: Callable[[], Any]) -> Any:
+    """Call a function that computes, even while JAX traces: in a thread of its own then."""
+    if not isinstance(jnp.zeros(()), Tracer):
+        return make()
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(make).result()
+
+
+def _key(x: Any) -> Any:
+    leaves, structure = jax.tree.flatten(x)
+    return structure, *((np.shape(a), getattr(a, "dtype", type(a))) for a in leaves)
+
+
+def _numeric(leaf: Any) -> bool:
+    return not jnp.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.extended)
+
+
+def _nonzero(leaf: Any) -> np.ndarray:
+    return np.asarray(leaf) != 0 if _numeric(leaf) else np.ones(jnp.shape(leaf), bool)
+
+
+def _with_sparse(program: Program, products: Sequence[Product]) -> partial[Any]:
+    """Return a network, some of its products as calls of the kernel, with what they need bound."""
+    found = chains(products)
+    needed, run = program.function(found)
+    values = [jnp.asarray(program.known[var]) for var in needed]
+    packed = [_packed(chain, _rows(chain[0])) for chain in found]
+    widths = [chain[-1].layer.weights.shape[1] for chain in found]
+
+    def function(constants: tuple[list[Any], list[Any]], x: Any) -> Any:
+        def call(n: int, rows: Any) -> Any:
+            from jaxprune.sparse import kernel
+
+            return kernel.run(rows, constants[1][n], widths[n])
+
+        return run(constants[0], x, call)
+
+    return partial(jax.jit(function), (values, packed))
+
+
+def _packed(chain: Sequence[Product], rows: int) -> Any:
+    from jaxprune.sparse import packing  # which imports Numba
+
+    layers = [product.layer for product in chain]
+    return jnp.asarray(packing.pack(layers, rows, packing.tile_for(layers, rows)))
+
+
+def _rows(product: Product) -> int:
+    sizes = enumerate(product.x.aval.shape)
+    return math.prod(size for axis, size in sizes if axis not in product.axes)
+
+
+def _faster_alone(program: Program, products: Sequence[Product], x: Any) -> list[Product]:
+    """Return the products that are faster over the kept weights, each measured by itself."""
+    from jaxprune.sparse import kernel
+
+    faster: dict[Any, bool] = {}
+    chosen = []
+    inputs = program.values([product.x for product in products], x)
+    for product, operand in zip(products, inputs, strict=True):
+        weights, bias, relu = product.layer
+        key = _rows(product), weights.shape, np.count_nonzero(weights), bias is None, relu
+        if key not in faster:
+
+            def dense(constants: Any, rows: Any, relu: bool = relu) -> Any:
+                weights, bias = constants
+                rows = rows @ weights if bias is None else rows @ weights + bias[None]
+                return jnp.maximum(rows, 0) if relu else rows
+
+            def sparse(packed: Any, rows: Any, width: int = weights.shape[1]) -> Any:
+                return kernel.run(rows, packed, width)
+
+            rows = product.rows(operand)
+            constants = jax.tree.map(jnp.asarray, (weights, bias))
+            choices = [
+                partial(jax.jit(dense), constants),
+                partial(jax.jit(sparse), _packed([product], rows.shape[0])),
+            ]
+            faster[key] = _fastest(choices, rows) == 1
+        if faster[key]:
+            chosen.append(product)
+    return chosen
+
+
+def _fastest(choices: Sequence[Callable[[Any], Any]], x: Any) -> int:
+    """Return which function is fastest at `x`, of those that return what the first does."""
+    expected = jax.block_until_ready(choices[0](x))
+    valid = [i for i, choice in enumerate(choices) if _same(choice(x), expected)]
+    seconds: dict[int, list[float]] = {i: [] for i in valid}
+    start = time.perf_counter()
+    # In turns, so that whatever else the machine does falls on all alike.
+    while len(seconds[0]) < _ROUNDS[0] or (
+        len(seconds[0]) < _ROUNDS[1] and time.perf_counter() - start < _SECONDS
+    ):
+        for i in valid:
+            begin = time.perf_counter()
+            jax.block_until_ready(choices[i](x))
+            seconds[i].append(time.perf_counter() - begin)
+    return min(valid, key=lambda i: float(np.median(seconds[i])))
+
+
+def _same(found: Any, expected: Any) -> bool:
+    """Tell whether two networks return the same up to rounding, whatever is not a real number."""
+
+    def close(a: Any, b: Any) -> bool:
+        if not jnp.issubdtype(a.dtype, jnp.floating):
+            return True
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        scale = np.max(np.abs(b), initial=0, where=np.isfinite(b))
+        return np.allclose(a, b, rtol=0, atol=1e-3 * scale, equal_nan=True)
+
+    return all(jax.tree.leaves(jax.tree.map(close, found, expected)))

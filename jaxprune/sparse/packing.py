@@ -1,0 +1,121 @@
+"""A chain of layers as one array, which the kernel of `kernel` takes.
+
+Layers come in from `inference`. What is kept of their weights is laid out for the rows that there
+will be; a layer of which most is kept is laid out whole, for there the indices cost more.
+"""
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxprune.sparse import kernel
+from jaxprune.sparse.kernel import BLOCK, BY_COLUMNS, FIELDS, HEADER, TILES
+from jaxprune.sparse.program import Layer
+
+_DENSE_FROM = {BY_COLUMNS: 0.25, 16: 0.6, 64: 0.6}  # measured: the density from which dense is fast
+_SHARE = 1 << 14  # weights that are worth another thread's while
+
+
+def tile_for(layers: Sequence[Layer], rows: int) -> int:
+    """Return how many rows a tile should have, or `BY_COLUMNS`."""
+    kept = sum(np.count_nonzero(layer.weights) for layer in layers)
+    density = kept / sum(layer.weights.size for layer in layers)
+    if rows < 2 or (rows <= 8 and density >= _DENSE_FROM[BY_COLUMNS]):
+        return BY_COLUMNS
+    return TILES[-1] if rows >= TILES[-1] * (os.cpu_count() or 1) else TILES[0]
+
+
+def pack(layers: Sequence[Layer], rows: int, tile: int) -> np.ndarray:
+    """Return a chain of layers as one array of int32, of about eight bytes a kept weight.
+
+    Args:
+        layers: the outputs of one are the inputs of the next.
+        rows: of inputs.
+        tile: how many of them at once, or `BY_COLUMNS`.
+    """
+    header = np.zeros(HEADER + FIELDS * len(layers), np.int64)
+    sections: list[np.ndarray] = []
+    size = -(-header.size * 2 // 16) * 16
+
+    def add(section: np.ndarray) -> int:
+        nonlocal size
+        start, padding = size, -section.size % 16  # to whole lines of the cache
+        sections.append(np.pad(section.view(np.int32), (0, padding)))
+        size += section.size + padding
+        return start
+
+    for n, (weights, bias, relu) in enumerate(layers):
+        inputs, outputs = weights.shape
+        density = np.count_nonzero(weights) / weights.size
+        dense = density >= _DENSE_FROM[tile]
+        block = BLOCK[tile]
+        padding = -outputs % block
+        parts = _parts(weights, density, rows, tile)
+        field = header[HEADER + n * FIELDS :][:FIELDS]
+        field[[kernel.INPUTS, kernel.OUTPUTS, kernel.PARTS]] = inputs, outputs, parts
+        field[[kernel.RELU, kernel.DENSE]] = relu, dense
+        bias = np.zeros(outputs) if bias is None else bias
+        field[kernel.BIAS] = add(np.pad(bias, (0, padding)).astype(np.float32))
+        if dense:
+            blocks = np.pad(weights, ((0, 0), (0, padding))).reshape(inputs, -1, block)
+            field[kernel.VALUES] = add(np.ascontiguousarray(blocks.swapaxes(0, 1)).ravel())
+        else:
+            starts, indices, values = _lists(weights, parts, tile)
+            field[kernel.STARTS] = add(starts)
+            field[kernel.INDICES] = add(indices)
+            field[kernel.VALUES] = add(values)
+    fields = header[HEADER:].reshape(-1, FIELDS)
+    widest = fields[:, [kernel.INPUTS, kernel.OUTPUTS]].max()
+    header[:HEADER] = (
+        len(layers),
+        tile,
+        widest + -widest % 16 + 64,
+        size,
+        fields[:, kernel.PARTS].max(),
+    )
+    head = header.view(np.int32)
+    return np.concatenate([np.pad(head, (0, -head.size % 16)), *sections])
+
+
+def _parts(weights: np.ndarray, density: float, rows: int, tile: int) -> int:
+    """Return in how many parts a layer is done: its outputs by threads, or else its inputs."""
+    if tile == BY_COLUMNS:
+        work = int(weights.size * min(density, _DENSE_FROM[tile])) * rows
+        return max(1, min(os.cpu_count() or 1, work // _SHARE, -(-weights.shape[1] // 64)))
+    for size in (128, 256):  # inputs of a part, to stay in the innermost cache
+        # Each with lists long enough, and the longer, the more sums are added up after a list.
+        if density * size >= 12 * (64 // tile):
+            return -(-weights.shape[0] // size)
+    return 1
+
+
+def _lists(weights: np.ndarray, parts: int, tile: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return where lists of kept weights start, and their indices and values.
+
+    Of every part a list an output, of the inputs' offsets in a tile; or, by columns, a list an
+    input, of the outputs.
+    """
+    starts, indices, values = [], [], []
+    count = 0
+    for part in range(parts):
+        if tile == BY_COLUMNS:
+            begin, end = (weights.shape[1] * n // parts for n in (part, part + 1))
+            lists, scale = weights[:, begin:end], 1
+        else:
+            length = -(-weights.shape[0] // parts)
+            begin, end = part * length, (part + 1) * length
+            lists, scale = weights[begin:end].T, 4 * tile
+        which, at = np.nonzero(lists)
+        ends = count + np.cumsum(np.bincount(which, minlength=len(lists)))
+        starts.append(np.concatenate([[count], ends]))
+        if tile != BY_COLUMNS and part < parts - 1:
+            starts[-1] = starts[-1][:-1]  # where the next part's begin
+        indices.append((begin + at) * scale)
+        values.append(lists[which, at])
+        count += which.size
+    return (
+        np.concatenate(starts).astype(np.int32),
+        np.concatenate(indices).astype(np.int32),
+        np.concatenate(values).astype(np.float32),
+    )
