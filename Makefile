@@ -34,7 +34,7 @@ pip_install = PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_USER=0 \
 	$(1)/bin/python -m pip install -qq
 unexport PYTHONHOME PYTHONPATH
 
-.PHONY: help sweep test test-slow lint figures benchmark data clean FORCE
+.PHONY: help sweep test test-slow lint figures benchmark inference data clean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -64,6 +64,11 @@ figures: .venv/stamp ## figures/ and README's tables anew, or from RUN=runs/fash
 benchmark: .venv/stamp .venv-torch/stamp data ## speed against PyTorch, in an environment of its own
 	@torch=; [ ! -e .venv-torch/stamp ] || torch='--torch .venv-torch/bin/python'; \
 	.venv/bin/python experiments/benchmark.py $$torch --out figures/benchmark.json $(ARGS)
+
+inference: .venv/stamp .venv-torch/stamp data ## milliseconds and bytes of the networks of RUN=runs/fashion_mnist-quick
+	@torch=; [ ! -e .venv-torch/stamp ] || torch='--torch .venv-torch/bin/python'; \
+	.venv/bin/python experiments/inference_speed.py $$torch --out figures/inference.json \
+		$(if $(filter file,$(origin RUN)),runs/fashion_mnist-quick,$(RUN)) $(ARGS)
 
 data: .venv/stamp # where Debian has the data as a package; elsewhere the program gets it
 	@sh experiments/get_debian_data.sh

@@ -59,6 +59,13 @@ class Row(NamedTuple):
     rates: list[float]  # the matmul's, in FLOP/s, two a round
 
 
+def cpu_name() -> str:
+    """Return what Linux calls the processor."""
+    info = Path("/proc/cpuinfo")
+    found = re.findall("model name.*: (.*)", info.read_text()) if info.exists() else []
+    return (found or ["?"])[0]
+
+
 def macs(sizes: Sequence[int], *, training: bool) -> int:
     """Return an example's multiply-adds; training needs no gradient of the network's inputs."""
     forward = sum(a * b for a, b in itertools.pairwise(sizes))
@@ -333,9 +340,7 @@ def run(
     bench.measure_evaluation()
     bench.measure_masked_training()
     bench.measure_smaller()
-    info = Path("/proc/cpuinfo")
-    found = re.findall("model name.*: (.*)", info.read_text()) if info.exists() else []
-    device = f"{CORES} cores of {(found or ['?'])[0]}, load {load:.1f} at the start"
+    device = f"{CORES} cores of {cpu_name()}, load {load:.1f} at the start"
     print(device, ", ".join(f"{name} {number}" for name, number in versions.items()), sep="\n")
     print(f"{'-'.join(map(str, bench.sizes))}; medians (ranges) of {rounds} rounds, each a ratio\n")
     print(table(bench.rows))

@@ -1,4 +1,4 @@
-"""Redraw the figures of a run from its rows alone, and that of ResNet-20's widths.
+"""Redraw the figures of a run from its rows alone, and of what else was measured beside them.
 
     python experiments/figures.py runs/fashion_mnist-challenge --out figures
 
@@ -34,6 +34,12 @@ def redraw(run_dir: Path, out: Path) -> list[Path]:
         found = json.loads(resnet.read_text())
         note = f"ResNet-20 without {found['settings']['level']:g}% of the units of every group"
         drawn["resnet-widths"] = figures.widths(found["widths"], note=note)
+    if (costs := out / "inference.json").exists():
+        found = json.loads(costs.read_text())
+        network = f"{figures.describe(found['settings'])}; trained with its mask"
+        note = f"{network}, seed {found['seed']}; {found['device']}"
+        drawn["inference-speed"] = figures.speedups(found["speed"], note=note)
+        drawn["file-sizes"] = figures.file_sizes(found["files"], note=network)
     paths = figures.save_figures(drawn, out)
     if not out.samefile(run_dir):
         results.write_csv(out / "results.csv", run.rows)

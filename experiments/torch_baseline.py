@@ -1,4 +1,4 @@
-"""PyTorch's side of `experiments/benchmark.py`: a worker that does one thing when it is asked to.
+"""PyTorch's side of `benchmark.py` and `inference_speed.py`: a worker that does what it is asked.
 
     python experiments/torch_baseline.py INPUTS.npz THREADS
 
@@ -10,6 +10,7 @@ environment of its own, with torch and numpy and without jax.
 import json
 import sys
 import time
+import warnings
 from typing import Any
 
 import numpy as np
@@ -73,18 +74,42 @@ class Baseline:
         return {"seconds": time.perf_counter() - started}
 
 
+def infer(path: str, csr: bool, calls: int, limit: float) -> dict[str, Any]:
+    """Time a ReLU network of kernels (inputs, outputs), dense or in CSR, and return an output."""
+    with np.load(path) as arrays:
+        # Columns of examples, for which CSR has its product.
+        x = torch.from_numpy(np.ascontiguousarray(arrays["x"].T if csr else arrays["x"]))
+        kernels = [arrays[f"kernel_{i}"] for i in range(len(arrays) - 1)]
+    weights = [torch.from_numpy(np.ascontiguousarray(kernel.T)) for kernel in kernels]
+    weights = [weight.to_sparse_csr() for weight in weights] if csr else weights
+
+    def network() -> Any:
+        y = x
+        for i, weight in enumerate(weights):
+            y = weight @ y if csr else nn.functional.linear(y, weight)
+            y = torch.relu(y) if i + 1 < len(weights) else y
+        return y
+
+    with torch.inference_mode():
+        first, seconds = network(), []
+        while len(seconds) < 5 or (len(seconds) < calls and sum(seconds) < limit):
+            started = time.perf_counter()
+            network()
+            seconds.append(time.perf_counter() - started)
+    return {"seconds": seconds, "first": (first[:, 0] if csr else first[0]).tolist()}
+
+
 def main() -> None:
     """Answer requests until there are no more."""
     path, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
+    warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+    operations = {"version": lambda: {"torch": torch.__version__}, "infer": infer}
     with np.load(path) as inputs:
-        baseline = Baseline(inputs)
-    operations = {
-        "version": lambda: {"torch": torch.__version__},
-        "loss": baseline.mean_loss,
-        "masks": baseline.masks,
-        "train": baseline.train,
-    }
+        if inputs:
+            baseline = Baseline(inputs)
+            found = {"loss": baseline.mean_loss, "masks": baseline.masks, "train": baseline.train}
+            operations |= found
     for line in sys.stdin:
         request = json.loads(line)
         answer = operations[request.pop("op")](**request)

@@ -377,3 +377,44 @@ def test_widths_before_and_after() -> None:
     assert [text.get_text() for text in ax.texts] == [" 4 of 16", " 10 of 10"]
     with pytest.raises(ValueError, match="at least one group"):
         figures.widths({})
+
+
+def cost_rows() -> list[dict]:
+    """Two batch sizes; 3% faster from 80% on at one row, from 90% on at many."""
+    ratios = {(1, 50): [0.9, 1.0, 1.1], (1, 80): [1.0, 1.2, 1.4], (1, 90): [2.0, 2.0, 2.5],
+              (256, 50): [1.0, 1.0, 1.0], (256, 80): [1.0, 1.02, 1.1],
+              (256, 90): [3.0, 3.5, 4.0]}  # fmt: skip
+    return [
+        {"method": method, "level": level, "batch": batch, "ratios": found, "dense": 1000,
+         "kept": 1000 - 10 * level}
+        for method in ("weight", "unit") for (batch, level), found in ratios.items()
+    ]  # fmt: skip
+
+
+def test_speedups_mark_the_crossover_and_the_ideal() -> None:
+    figure = drawn(figures.speedups(cost_rows(), note="a network"))
+    assert [ax.get_title() for ax in figure.axes] == ["weights", "units"]
+    lines = {str(line.get_label()): line for line in figure.axes[0].lines}
+    assert lines["batch 1"].get_ydata() == pytest.approx([1.0, 1.2, 2.0])  # medians
+    assert lines["ideal"].get_ydata() == pytest.approx([2, 5, 10])
+    rings = [line for line in figure.axes[0].lines if line.get_markersize() == 9]
+    assert [ring.get_xydata().tolist() for ring in rings] == [[[0.8, 1.2]], [[0.9, 3.5]]]
+    with pytest.raises(ValueError, match="at least one row"):
+        figures.speedups([])
+
+
+def test_file_sizes_are_means_over_seeds() -> None:
+    sizes = {"bound": 5e5, "bitmap": 6e5, "csr": 9e5, "npz": 7e5, "gzip": 8e5}
+    rows = [
+        {"level": level, "seed": seed, "values": values, "bytes": (1 + seed) * 1e6 / level,
+         "accuracy": 0.8 + 0.1 * seed, **sizes}
+        for level in (50, 90) for seed in (0, 1) for values in ("float32", "int8")
+    ]  # fmt: skip
+    figure = drawn(figures.file_sizes(rows))
+    left, right = figure.axes
+    lines = {str(line.get_label()): line for line in left.lines}
+    assert lines["int8"].get_ydata() == pytest.approx([0.03, 1.5 / 90])
+    assert lines["lossless bound"].get_ydata() == pytest.approx([0.5, 0.5])
+    assert right.lines[0].get_ydata() == pytest.approx([0.85, 0.85])
+    with pytest.raises(ValueError, match="at least one row"):
+        figures.file_sizes([])

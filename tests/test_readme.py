@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments import readme
@@ -16,11 +18,18 @@ def rows():
     return results.read_csv(ROOT / "figures" / "results.csv")
 
 
-def test_the_examples_run(capsys):
-    first, second = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_the_examples_run(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second, third = re.findall(
+        r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+    )
     names: dict = {}
     exec(compile(first, "README.md", "exec"), names)
     printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    pruned = names["apply"](names["pruned"], jnp.asarray(names["fashion"].test.x[:256]))
+    exec(compile(third, "README.md", "exec"), names)
+    np.testing.assert_allclose(names["logits"], pruned, atol=1e-5 * np.max(np.abs(pruned)))
+    assert (tmp_path / "net.safetensors").stat().st_size < 4 * 266_200 / 25
     exec(compile(second, "README.md", "exec"), names)
     assert names["plan"].widths["params/layers_0/kernel"] == (8, 4)
     assert names["small"]["params"]["layers_3"]["kernel"].shape == (4 * 784, 10)

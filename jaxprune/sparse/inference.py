@@ -31,7 +31,7 @@ _ROUNDS = 5, 30
 _SECONDS = 0.3
 
 
-def compile_sparse(apply: Apply, params: Params, masks: Masks, x: Any) -> Callable[[Any], Any]:
+def compile_sparse(apply: Apply, params: Params, masks: Masks, x: Any) -> "SparseNetwork":
     """Return a function of inputs that is the masked network, and runs as fast as it can.
 
     Units that the masks leave without effect are removed. Of what is left, each matrix product
@@ -54,7 +54,7 @@ def compile_sparse(apply: Apply, params: Params, masks: Masks, x: Any) -> Callab
     Returns:
         A function of inputs like `x`, to be called as it is or under `jit`. It holds the kept
         weights. At inputs of another shape or dtype it measures anew, once. It equals
-        `apply(apply_masks(params, masks), x)` up to rounding.
+        `apply(apply_masks(params, masks), x)` up to rounding. Its `report(x)` tells what is run.
 
     Raises:
         ValueError: the trees or a leaf's shapes differ, or leaves are masked but none of them is
@@ -75,9 +75,26 @@ def compile_sparse(apply: Apply, params: Params, masks: Masks, x: Any) -> Callab
         for path, leaf in trees.paths_and_leaves(tree):
             if isinstance(leaf, Tracer | jax.ShapeDtypeStruct):
                 raise TypeError(f"{name} must have values, leaf {path!r} has none: compile outside")
-    network = _Network(apply, params, masks, x)
+    network = SparseNetwork(apply, params, masks, x)
     network.program(x)
-    return network.run
+    return network
+
+
+class Report(NamedTuple):
+    """What a network costs at inputs of one shape.
+
+    Attributes:
+        products: how many matrix products with weights of the parameters are run.
+        sparse: how many of them over the kept weights alone.
+        multiply_adds: of all these products, as they are run.
+        bytes: of weights, inputs, results and buffers, at their peak; the kept weights are held
+            once more, for inputs of other shapes.
+    """
+
+    products: int
+    sparse: int
+    multiply_adds: int
+    bytes: int
 
 
 class _Kept(NamedTuple):
@@ -106,8 +123,25 @@ class _Kept(NamedTuple):
         return full
 
 
-class _Network:
-    """The kept weights, and a program for every shape of inputs seen."""
+class _Choice(NamedTuple):
+    """A way to run the network.
+
+    Attributes:
+        function: jitted, of constants and inputs.
+        constants: weights and whatever else does not depend on the inputs.
+        work: its report, of which `bytes` is what the kernel needs besides XLA's buffers.
+    """
+
+    function: Any
+    constants: Any
+    work: Report
+
+    def __call__(self, x: Any) -> Any:
+        return self.function(self.constants, x)
+
+
+class SparseNetwork:
+    """A function of inputs, made by `compile_sparse`: a program for every shape of inputs seen."""
 
     def __init__(self, apply: Apply, params: Params, masks: Masks, x: Any):
         self._apply = apply
@@ -115,15 +149,23 @@ class _Network:
         pairs = zip(jax.tree.leaves(params), jax.tree.leaves(masks), strict=True)
         self._kept = [_Kept.of(leaf, mask) for leaf, mask in pairs]
         self._example = [np.asarray(leaf) for leaf in jax.tree.leaves(x)]
-        self._programs: dict[Any, Callable[[Any], Any]] = {}
+        self._programs: dict[Any, _Choice] = {}
         self._constants: dict[bytes, Any] = {}
         self._lock = threading.RLock()
 
-    def run(self, x: Any) -> Any:
+    def __call__(self, x: Any) -> Any:
         """Return what the network returns."""
-        return (self._programs.get(_key(x)) or self.program(x))(x)
+        function, constants, _ = self._programs.get(_key(x)) or self.program(x)
+        return function(constants, x)
 
-    def program(self, x: Any) -> Callable[[Any], Any]:
+    def report(self, x: Any) -> Report:
+        """Tell what is run at inputs of the shape of `x`, and what it needs."""
+        function, constants, work = self.program(x)
+        found = function.lower(constants, x).compile().memory_analysis()
+        of_xla = found.argument_size_in_bytes + found.temp_size_in_bytes
+        return work._replace(bytes=int(of_xla + found.output_size_in_bytes) + work.bytes)
+
+    def program(self, x: Any) -> _Choice:
         """Return the fastest function for inputs of these shapes; made when first needed."""
         with self._lock:
             key = _key(x)
@@ -137,7 +179,7 @@ class _Network:
                 self._programs[key] = _outside(partial(self._fastest, x))
             return self._programs[key]
 
-    def _fastest(self, x: Any) -> Callable[[Any], Any]:
+    def _fastest(self, x: Any) -> _Choice:
         leaves = [kept.restore() for kept in self._kept]
         params = jax.tree.unflatten(self._tree, leaves)
         masks = jax.tree.unflatten(self._tree, [_nonzero(leaf) for leaf in leaves])
@@ -152,17 +194,19 @@ class _Network:
                 "no masked leaf is the weights of a matrix product outside of loops: there is "
                 "nothing to run sparsely; `compact` removes units alone"
             )
+        whole = _dense_work(Program.of(self._apply, params, x).products())
         choices = [
-            partial(jax.jit(self._apply), jax.tree.map(jnp.asarray, params)),
-            _with_sparse(program, []),
+            _Choice(jax.jit(self._apply), jax.tree.map(jnp.asarray, params), whole),
+            _with_sparse(program, [], products),
         ]
-        products = [product for product in products if product.float32]
-        if products and jax.default_backend() == "cpu":
-            chosen = _faster_alone(program, products, x)
-            different = 0 < len(chosen) < len(products)
-            choices += [_with_sparse(program, some) for some in (products, chosen)[: 1 + different]]
+        possible = [product for product in products if product.float32]
+        if possible and jax.default_backend() == "cpu":
+            chosen = _faster_alone(program, possible, x)
+            different = 0 < len(chosen) < len(possible)
+            some = (possible, chosen)[: 1 + different]
+            choices += [_with_sparse(program, sparse, products) for sparse in some]
         best = choices[_fastest(choices, x)]
-        return partial(best.func, jax.tree.map(self._shared, best.args[0]))
+        return best._replace(constants=jax.tree.map(self._shared, best.constants))
 
     def _shared(self, constant: Any) -> Any:
         """Return an array that programs of other shapes may hold already."""
@@ -194,9 +238,16 @@ def _nonzero(leaf: Any) -> np.ndarray:
     return np.asarray(leaf) != 0 if _numeric(leaf) else np.ones(jnp.shape(leaf), bool)
 
 
-def _with_sparse(program: Program, products: Sequence[Product]) -> partial[Any]:
-    """Return a network, some of its products as calls of the kernel, with what they need bound."""
-    found = chains(products)
+def _dense_work(products: Sequence[Product]) -> Report:
+    macs = sum(_rows(product) * product.layer.weights.size for product in products)
+    return Report(len(products), 0, macs, 0)
+
+
+def _with_sparse(
+    program: Program, sparse: Sequence[Product], products: Sequence[Product]
+) -> _Choice:
+    """Return a network, some of its products as calls of the kernel."""
+    found = chains(sparse)
     needed, run = program.function(found)
     values = [jnp.asarray(program.known[var]) for var in needed]
     packed = [_packed(chain, _rows(chain[0])) for chain in found]
@@ -210,7 +261,17 @@ def _with_sparse(program: Program, products: Sequence[Product]) -> partial[Any]:
 
         return run(constants[0], x, call)
 
-    return partial(jax.jit(function), (values, packed))
+    instead = set(map(id, sparse))
+    work = _dense_work([product for product in products if id(product) not in instead])
+    for chain, array in zip(found, packed, strict=True):
+        from jaxprune.sparse import packing
+
+        count, needed_bytes = packing.work(np.asarray(array), _rows(chain[0]))
+        work = Report(
+            work.products + len(chain), work.sparse + len(chain), work.multiply_adds + count,
+            work.bytes + needed_bytes,
+        )  # fmt: skip
+    return _Choice(jax.jit(function), (values, packed), work)
 
 
 def _packed(chain: Sequence[Product], rows: int) -> Any:

@@ -78,6 +78,24 @@ def pack(layers: Sequence[Layer], rows: int, tile: int) -> np.ndarray:
     return np.concatenate([np.pad(head, (0, -head.size % 16)), *sections])
 
 
+def work(packed: np.ndarray, rows: int) -> tuple[int, int]:
+    """Return the multiply-adds of a packed chain, and the bytes of the kernel's buffers."""
+    layers, tile, widest = packed[: 2 * HEADER].view(np.int64)[:3]
+    fields = packed[: 2 * (HEADER + layers * FIELDS)].view(np.int64)[HEADER:].reshape(-1, FIELDS)
+    count = 0
+    for field in fields:
+        inputs, outputs, parts = field[[kernel.INPUTS, kernel.OUTPUTS, kernel.PARTS]]
+        if field[kernel.DENSE]:
+            count += inputs * outputs
+        elif tile == BY_COLUMNS:
+            ends = packed[field[kernel.STARTS] :][: parts * (inputs + 1)].reshape(parts, -1)
+            count += (ends[:, -1] - ends[:, 0]).sum()
+        else:
+            count += packed[field[kernel.STARTS] + parts * outputs]
+    threads = min(os.cpu_count() or 1, -(-rows // tile)) if tile else 1
+    return rows * int(count), int(8 * widest * (tile * threads or rows))
+
+
 def _parts(weights: np.ndarray, density: float, rows: int, tile: int) -> int:
     """Return in how many parts a layer is done: its outputs by threads, or else its inputs."""
     if tile == BY_COLUMNS:

@@ -1,4 +1,4 @@
-"""Draw the figures of a sweep: rows in, matplotlib figures out; only `save_figures` writes.
+"""Draw the figures of a sweep: rows in, matplotlib figures out.
 
 Rows come from `results`. A line is the mean over seeds, its band the 95% Student t interval;
 one-shot is dashed, trained solid. Figures, panels and lines without rows are left out, and rows of
@@ -6,10 +6,8 @@ other methods and protocols are not drawn. This is the last stage of a sweep.
 """
 
 import math
-import textwrap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from jaxprune.figures.panels import STYLE, footnote, level_axis, panels, percent
 from jaxprune.results import Row, mean_interval
 
 _Look = dict[str, Any]
@@ -43,16 +42,9 @@ _LABELS = {
     "worst_class_accuracy": "accuracy of the\nworst class (%)",
 }
 _ROOM = 14  # labels that fit beside a panel of the epochs
-_STYLE = {
-    "font.family": "DejaVu Sans", "font.size": 8, "axes.titlesize": 8.5, "legend.fontsize": 8,
-    "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.frameon": False, "legend.handlelength": 3.2,
-    "axes.grid": True, "axes.axisbelow": True, "grid.color": "0.88", "grid.linewidth": 0.5,
-    "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.2,
-    "lines.markersize": 3.8, "savefig.dpi": 200, "svg.fonttype": "path", "svg.hashsalt": "jaxprune",
-}  # fmt: skip
 
 
-@style.context(_STYLE, after_reset=True)
+@style.context(STYLE, after_reset=True)
 def k_sparsity(rows: Sequence[Row], method: str, *, note: str = "") -> Figure | None:
     """Draw accuracy and loss against k for one method, at the last epoch.
 
@@ -70,15 +62,15 @@ def k_sparsity(rows: Sequence[Row], method: str, *, note: str = "") -> Figure | 
     rows = [row for row in _last_epoch(rows) if row.method == method]
     if not rows:
         return None
-    fig, axes = _panels(1, 2, height=2.9)
+    fig, axes = panels(1, 2, height=2.9)
     for ax, metric in zip(axes[0], ("accuracy", "loss"), strict=True):
-        _level_axis(ax, rows)
+        level_axis(ax, *_levels(rows))
         _curves(ax, rows, "target_sparsity", metric)
         _metric_axis(metric, ax)
     return _finish(fig, rows, note, _handles(rows, axes.T))
 
 
-@style.context(_STYLE, after_reset=True)
+@style.context(STYLE, after_reset=True)
 def weight_vs_unit(rows: Sequence[Row], *, note: str = "") -> Figure | None:
     """Draw both methods against k, and against the weights that remain, at the last epoch.
 
@@ -92,9 +84,9 @@ def weight_vs_unit(rows: Sequence[Row], *, note: str = "") -> Figure | None:
     if len(_present(rows, "method")) < 2:
         return None
     sized = [row for row in rows if row.remaining]  # a log axis has no place for 0
-    fig, axes = _panels(2, 2 if sized else 1, height=5.0, sharey="row")
+    fig, axes = panels(2, 2 if sized else 1, height=5.0, sharey="row")
     for line, metric in zip(axes, ("accuracy", "loss"), strict=True):
-        _level_axis(line[0], rows)
+        level_axis(line[0], *_levels(rows))
         _curves(line[0], rows, "target_sparsity", metric)
         if sized:
             line[1].set(xscale="log", xlabel="weights that remain (fewer to the right)")
@@ -107,7 +99,7 @@ def weight_vs_unit(rows: Sequence[Row], *, note: str = "") -> Figure | None:
     return _finish(fig, rows, note, _handles(rows, axes))
 
 
-@style.context(_STYLE, after_reset=True)
+@style.context(STYLE, after_reset=True)
 def epoch_training(rows: Sequence[Row], method: str, *, note: str = "") -> Figure | None:
     """Draw accuracy and loss over the epochs, a line a level and a column a protocol.
 
@@ -120,7 +112,7 @@ def epoch_training(rows: Sequence[Row], method: str, *, note: str = "") -> Figur
     protocols = _present(rows, "protocol")
     levels = sorted({row.target_sparsity for row in rows})
     colors = colormaps["viridis"](np.linspace(0, 0.85, len(levels)))
-    fig, axes = _panels(2, len(protocols), height=5.4)
+    fig, axes = panels(2, len(protocols), height=5.4)
     shades = []
     for protocol, column in zip(protocols, axes.T, strict=True):
         drawn = [row for row in rows if row.protocol == protocol]
@@ -130,7 +122,7 @@ def epoch_training(rows: Sequence[Row], method: str, *, note: str = "") -> Figur
             for i, level in enumerate(levels):
                 here = [row for row in drawn if row.target_sparsity == level]
                 here = [row for row in here if i == 0 or row.epoch >= branch]
-                _curve(ax, here, "epoch", metric, label=_percent(level), color=colors[i],
+                _curve(ax, here, "epoch", metric, label=percent(level), color=colors[i],
                        marker="os^Dvp"[i % 6], markersize=2.6)  # fmt: skip
             ax.set_xlabel("epochs trained")
             whole = MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1)
@@ -144,7 +136,7 @@ def epoch_training(rows: Sequence[Row], method: str, *, note: str = "") -> Figur
     return _finish(fig, rows, note, shades)
 
 
-@style.context(_STYLE, after_reset=True)
+@style.context(STYLE, after_reset=True)
 def calibration_and_churn(rows: Sequence[Row], *, note: str = "") -> Figure | None:
     """Draw signed ECE, loss before and after temperature scaling, churn and the worst class.
 
@@ -154,12 +146,12 @@ def calibration_and_churn(rows: Sequence[Row], *, note: str = "") -> Figure | No
     if not rows:
         return None
     methods, protocols = _present(rows, "method"), _present(rows, "protocol")
-    fig, axes = _panels(4, len(methods), height=7.6, sharey="row")
+    fig, axes = panels(4, len(methods), height=7.6, sharey="row")
     metrics = ("signed_ece", "loss", "churn", "worst_class_accuracy")
     for metric, line in zip(metrics, axes, strict=True):
         for method, ax in zip(methods, line, strict=True):
             drawn = [row for row in rows if row.method == method]
-            _level_axis(ax, drawn)
+            level_axis(ax, *_levels(drawn))
             _curves(ax, drawn, "target_sparsity", metric)
             if metric == "loss":
                 _curves(ax, drawn, "target_sparsity", "scaled_loss", **_SCALED)
@@ -170,36 +162,6 @@ def calibration_and_churn(rows: Sequence[Row], *, note: str = "") -> Figure | No
     looks: list[_Look] = [_PROTOCOLS[p] | {"color": "0.2", "label": _NAMES[p]} for p in protocols]
     looks.append(_SCALED | {"label": "loss after temperature scaling"})
     return _finish(fig, rows, note, [Line2D([], [], **look) for look in looks])
-
-
-@style.context(_STYLE, after_reset=True)
-def widths(before_after: Mapping[str, tuple[int, int]], *, note: str = "") -> Figure:
-    """Draw the units of every group of a network before and after compaction, a bar each.
-
-    Args:
-        before_after: what `structure.Compaction.widths` holds.
-        note: for the footnote.
-
-    Raises:
-        ValueError: there are no groups.
-    """
-    if not before_after:
-        raise ValueError("widths needs at least one group, got none")
-    names, pairs = [*before_after], [*before_after.values()]
-    fig = Figure(figsize=(6.8, 0.9 + 0.19 * len(names)), layout="constrained")
-    ax = fig.subplots()
-    places = np.arange(len(names))
-    ax.barh(places, [old for old, _ in pairs], color="0.85", label="before")
-    ax.barh(places, [new for _, new in pairs], 0.5, color="#0072B2", label="after")
-    for place, (old, new) in enumerate(pairs):
-        ax.text(old, place, f" {new} of {old}", va="center", fontsize=6.5)
-    ax.set(yticks=places, yticklabels=names, xlabel="units", ylim=(len(names) - 0.4, -0.6))
-    ax.set_xlim(0, 1.15 * max(old for old, _ in pairs))
-    ax.grid(axis="y", visible=False)
-    fig.legend(loc="outside upper center", ncols=2)
-    if note:
-        fig.supxlabel(textwrap.fill(note, 130), x=0.01, ha="left", fontsize=6.5, color="0.3")
-    return fig
 
 
 def draw_figures(rows: Sequence[Row], *, note: str = "") -> dict[str, Figure]:
@@ -213,24 +175,6 @@ def draw_figures(rows: Sequence[Row], *, note: str = "") -> dict[str, Figure]:
         "calibration-and-churn": calibration_and_churn(rows, note=note),
     }
     return {name: fig for name, fig in figures.items() if fig is not None}
-
-
-@style.context(_STYLE, after_reset=True)
-def save_figures(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
-    """Write figures as PNG and SVG into a folder, made if missing; return the files.
-
-    The same rows give the same bytes.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    # Neither the time nor the version of matplotlib belongs in a file that is kept in git.
-    formats = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}
-    paths = []
-    for name, fig in figures.items():
-        for suffix, metadata in formats.items():
-            paths.append(folder / f"{name}{suffix}")
-            fig.savefig(paths[-1], metadata=metadata)
-            fig.set_layout_engine("none")  # it has done its work, which is most of the time
-    return paths
 
 
 def describe(settings: Mapping[str, Any]) -> str:
@@ -257,15 +201,6 @@ def _last_epoch(rows: Sequence[Row]) -> list[Row]:
 def _present(rows: Sequence[Row], field: str) -> list[str]:
     values = {getattr(row, field) for row in rows}
     return [name for name in _NAMES if name in values]
-
-
-def _panels(down: int, across: int, *, height: float, sharey: Any = False) -> tuple[Figure, Any]:
-    fig = Figure(figsize=(6.8, height), layout="constrained")
-    return fig, fig.subplots(down, across, squeeze=False, sharex="col", sharey=sharey)
-
-
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:g}".replace("-", "\N{MINUS SIGN}")
 
 
 def _curve(ax: Axes, rows: Sequence[Row], x: str, y: str, **look: Any) -> None:
@@ -316,33 +251,10 @@ def _handles(rows: Sequence[Row], axes: Any) -> list[Line2D]:
     return [Line2D([], [], **look) for look in looks]
 
 
-def _level_axis(ax: Axes, rows: Sequence[Row]) -> None:
-    """Space the levels by the logarithm of what they keep: the interesting ones are on the right.
-
-    What is kept is shifted by twice the least of any level, so that 100% has a place.
-    """
-    levels = np.array(sorted({row.target_sparsity for row in rows}))
-    shift = 2 * (1 - levels[levels < 1]).min(initial=1)
-
-    def place(level: Any) -> Any:
-        return -np.log10(1 + shift - np.asarray(level))
-
-    def level_at(place: Any) -> Any:
-        return 1 + shift - 10 ** -np.asarray(place)
-
-    ax.set_xscale("function", functions=(place, level_at))
-    first, last = place(levels[[0, -1]])
-    width = last - first or 1
-    ax.set_xlim(*level_at([first - 0.04 * width, last + 0.04 * width]))
-    labelled, free = [], math.inf
-    for level in levels[::-1]:
-        room = (0.006 + 0.0107 * len(_percent(level))) * width
-        if place(level) + room <= free:
-            labelled.append(level)
-            free = place(level) - room
-    ax.set_xticks(labelled, [_percent(level) for level in labelled])
-    ax.set_xticks(levels, minor=True)
-    ax.set_xlabel(f"k (% of {' or '.join(_NAMES[m] for m in _present(rows, 'method'))} pruned)")
+def _levels(rows: Sequence[Row]) -> tuple[list[float], str]:
+    """Return the levels, and what their axis is named."""
+    units = " or ".join(_NAMES[method] for method in _present(rows, "method"))
+    return [row.target_sparsity for row in rows], f"k (% of {units} pruned)"
 
 
 def _metric_axis(metric: str, *line: Axes, zoom: bool = False) -> None:
@@ -356,7 +268,7 @@ def _metric_axis(metric: str, *line: Axes, zoom: bool = False) -> None:
             ax.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
             ax.yaxis.set_minor_locator(NullLocator())
         else:
-            ax.yaxis.set_major_formatter(FuncFormatter(lambda part, _: _percent(part)))
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda part, _: percent(part)))
     low, high = line[0].get_ylim()
     if metric == "loss":
         means = np.concatenate([curve.get_ydata() for ax in line for curve in ax.lines] or [[1]])
@@ -414,6 +326,5 @@ def _finish(fig: Figure, rows: Sequence[Row], note: str, handles: Sequence[Artis
         f"{epochs} epoch{'s' * (epochs > 1)}",
         "one seed" if seeds == 1 else f"mean of {seeds} seeds, band: 95% t interval",
     ]
-    text = textwrap.fill("; ".join(filter(None, texts)), 130)
-    fig.supxlabel(text, x=0.01, ha="left", fontsize=6.5, color="0.3")
+    footnote(fig, "; ".join(filter(None, texts)))
     return fig

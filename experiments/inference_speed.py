@@ -1,0 +1,367 @@
+"""Measure what pruned networks cost: milliseconds, bytes, memory and multiply-adds.
+
+    python experiments/inference_speed.py runs/fashion_mnist-quick --torch .venv-torch/bin/python
+
+On the networks that a run has trained with their masks; `make sweep` makes one. `compile_sparse`
+compiles each for every batch size, timed in turns with the same network dense under XLA and NumPy,
+and beside PyTorch, dense and CSR. The faster of XLA and NumPy is what dense means. Files are those
+of `save_sparse`, read back and scored.
+"""
+
+import argparse
+import contextlib
+import gzip
+import io
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.benchmark import CORES, Ask, cpu_name, torch_worker
+from jaxprune import compile_sparse, data, load_run, load_sparse, models, save_sparse
+from jaxprune.evaluate import evaluate_levels
+from jaxprune.masks import apply_masks
+from jaxprune.results import Run
+from jaxprune.sparse import Values, lossless_bound
+
+BATCHES = (1, 32, 256, 2048)
+QUICK_LEVELS = (0, 50, 80, 90, 95, 99)
+CALLS = 35  # of a measurement, fewer where they take longer than
+SECONDS = 2.0
+BURST = 7
+# Times as fast as dense, by method, batch and level; and GFLOP/s of kept multiply-adds.
+GOALS = {
+    **{("weight", batch, level): goal for batch in (256, 2048)
+       for level, goal in {80: 1.7, 90: 3.5, 95: 6.5, 99: 18}.items()},
+    ("weight", 1, 95): 1.5,
+    ("weight", 1, 99): 5,
+}  # fmt: skip
+RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
+
+
+class Pruned(NamedTuple):
+    """A network of a run: parameters that are zero where they are masked, and its masks."""
+
+    method: str
+    level: float
+    seed: int
+    params: Any
+    masks: Any
+
+
+def networks(run: Run, seeds: Sequence[int], levels: Sequence[float]) -> Iterator[Pruned]:
+    """Yield the networks trained with their masks."""
+    for method in run.config["settings"]["methods"]:
+        for level in levels:
+            for seed in seeds:
+                params, masks = run.network("trained", method, seed, level)
+                yield Pruned(method, level, seed, apply_masks(params, masks), masks)
+
+
+def kernels_of(params: Any) -> list[np.ndarray]:
+    """Return the kernels of the layers, first to last; they have no biases."""
+    names = [f"hidden_{i}" for i in range(len(params) - 1)] + ["logits"]
+    return [np.asarray(params[name]["kernel"]) for name in names]
+
+
+def clock(f: Callable[[], Any]) -> float:
+    """Return the seconds of a call."""
+    started = time.perf_counter()
+    f()
+    return time.perf_counter() - started
+
+
+def in_turns(functions: Sequence[Callable[[], Any]]) -> list[list[float]]:
+    """Time functions, at least five calls each, after one that is not timed.
+
+    A burst of calls of one, then of the next: each finds the caches as it left them. A pause comes
+    before the first, since the threads of the last, which is NumPy, go on spinning for a while.
+    """
+    for f in functions:
+        f()
+    seconds: list[list[float]] = [[] for _ in functions]
+    started = time.perf_counter()
+    while len(seconds[0]) < CALLS and (
+        len(seconds[0]) < 5 or time.perf_counter() - started < SECONDS * len(functions)
+    ):
+        time.sleep(0.1)
+        for f, found in zip(functions, seconds, strict=True):
+            found += [clock(f) for _ in range(BURST)]
+    return seconds
+
+
+def measure_speed(
+    pruned: Pruned, apply: Any, images: np.ndarray, ask: Ask | None, batches: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """Yield a row a batch size."""
+    kernels = kernels_of(pruned.params)
+    dense = jax.jit(apply)
+    params = jax.tree.map(jnp.asarray, pruned.params)
+    weights = sum(kernel.size for kernel in kernels)
+    kept = sum(int(np.count_nonzero(kernel)) for kernel in kernels)
+    for batch in batches:
+        x = jnp.asarray(np.resize(images, (batch, images.shape[1])))
+        on_host = np.array(x)
+        started = time.perf_counter()
+        fast = compile_sparse(apply, pruned.params, pruned.masks, x)
+        found, expected = np.asarray(fast(x)), np.asarray(dense(params, x))
+        compiling = time.perf_counter() - started
+        if np.max(np.abs(found - expected)) > 1e-5 * np.max(np.abs(expected)):
+            raise ArithmeticError(f"{pruned.method} {pruned.level:g}%, batch {batch}: it differs")
+
+        def by_numpy(rows: np.ndarray = on_host) -> np.ndarray:
+            for kernel in kernels[:-1]:
+                rows = np.maximum(rows @ kernel, 0)
+            return rows @ kernels[-1]
+
+        functions = {
+            "xla": lambda x=x: jax.block_until_ready(dense(params, x)),
+            "ours": lambda x=x, fast=fast: jax.block_until_ready(fast(x)),
+            "numpy": by_numpy,
+        }
+        seconds = dict(zip(functions, in_turns([*functions.values()]), strict=True))
+        if ask:
+            for name in ("torch", "torch_csr"):
+                with tempfile.TemporaryDirectory() as folder:
+                    arrays = {f"kernel_{i}": kernel for i, kernel in enumerate(kernels)}
+                    np.savez(f"{folder}/network.npz", x=on_host, **arrays)
+                    answer = ask("infer", path=f"{folder}/network.npz", csr=name == "torch_csr",
+                                 calls=CALLS, limit=SECONDS)  # fmt: skip
+                if np.max(np.abs(answer["first"] - expected[0])) > 1e-4 * np.max(np.abs(expected)):
+                    raise ArithmeticError("PyTorch has another network")
+                seconds[name] = answer["seconds"]
+        faster = min(("xla", "numpy"), key=lambda name: median(seconds[name]))
+        report = fast.report(x)
+        yield {
+            "method": pruned.method, "level": pruned.level, "seed": pruned.seed, "batch": batch,
+            "seconds": seconds, "than": faster,
+            "ratios": [a / b for a, b in zip(seconds[faster], seconds["ours"], strict=True)],
+            "dense": weights, "kept": kept, "executed": report.multiply_adds // batch,
+            "sparse": report.sparse, "products": report.products,
+            "bytes": report.bytes, "dense_bytes": dense_bytes(dense, params, x),
+            "compiling": compiling,
+        }  # fmt: skip
+
+
+def dense_bytes(dense: Any, params: Any, x: Any) -> int:
+    """Return the bytes that the dense network needs at its peak: weights, inputs and buffers."""
+    found = dense.lower(params, x).compile().memory_analysis()
+    return int(found.argument_size_in_bytes + found.temp_size_in_bytes + found.output_size_in_bytes)
+
+
+def measure_files(
+    pruned: Pruned, every: Sequence[Values], folder: Path
+) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Yield a row and the network read back, for every way to store values."""
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(pruned.params)]
+    kept = [np.asarray(mask) for mask in jax.tree.leaves(pruned.masks)]
+    arrays = io.BytesIO()
+    np.savez_compressed(arrays, *leaves)
+    count = sum(int(mask.sum()) for mask in kept)
+    size = sum(leaf.nbytes for leaf in leaves)
+    others = {
+        "dense": size,
+        "bound": lossless_bound(pruned.masks),
+        "bitmap": sum(-(-mask.size // 8) for mask in kept) + 4 * count,
+        "csr": 8 * count + sum(4 * (len(leaf) + 1) for leaf in leaves),
+        "npz": len(arrays.getvalue()),
+        "gzip": len(gzip.compress(b"".join(leaf.tobytes() for leaf in leaves), 6)),
+    }
+    for values in every:
+        path = folder / f"{values}.safetensors"
+        save = partial(save_sparse, path, pruned.params, pruned.masks, values=values)
+        # Twice, since the first call loads what it needs.
+        saving = min(clock(save) for _ in range(2))
+        loading = min(clock(partial(load_sparse, path)) for _ in range(2))
+        params, masks = load_sparse(path)
+        if not all(map(np.array_equal, jax.tree.leaves(masks), kept)):
+            raise ArithmeticError("the masks read back are others")
+        if values == "float32" and not all(map(np.array_equal, jax.tree.leaves(params), leaves)):
+            raise ArithmeticError("the weights read back are others")
+        yield {
+            "method": pruned.method, "level": pruned.level, "seed": pruned.seed, "values": values,
+            "bytes": path.stat().st_size, "saving": saving, "loading": loading, **others,
+        }, params  # fmt: skip
+
+
+def files(
+    run: Run, apply: Any, loaded: data.Data, seeds: Sequence[int], levels: Sequence[float],
+    every: Sequence[Values],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Return the rows of all files, with the accuracy of what is read back."""
+    rows, read = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for pruned in networks(run, seeds, levels):
+            if pruned.method == "weight":
+                for row, params in measure_files(pruned, every, Path(folder)):
+                    rows.append(row)
+                    read.append(params)
+    size = len(levels)  # networks scored in one call
+    for i in range(0, len(read), size):
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *read[i : i + size])
+        whole = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), stacked)
+        scores, _ = evaluate_levels(apply, stacked, whole, loaded)
+        for row, accuracy in zip(rows[i : i + size], scores.accuracy, strict=True):
+            row["accuracy"] = float(accuracy)
+    return rows
+
+
+def energy(f: Callable[[], Any], calls: int) -> float | None:
+    """Return the joules of a call of the processor's package; None where nothing reports them."""
+    try:
+        before = int(RAPL.read_text())
+        for _ in range(calls):
+            f()
+        return (int(RAPL.read_text()) - before) / 1e6 / calls
+    except (OSError, ValueError):
+        return None
+
+
+def matmul_rate(size: int = 2000) -> float:
+    """Return the FLOP/s of a float32 product under XLA, the median of seven."""
+    a, b = jax.random.normal(jax.random.key(0), (2, size, size))
+    multiply = jax.jit(jnp.matmul)
+    (seconds,) = in_turns([lambda: jax.block_until_ready(multiply(a, b))])
+    return 2 * size**3 / median(seconds[:7])
+
+
+def speed_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return a line a network and batch size: milliseconds, and how many times as fast as dense."""
+    names = ["ours", "xla", "numpy", "torch", "torch_csr"]
+    cells = [["", "batch", *names, "times as fast", "range of half", "sparse", "goal", "met"]]
+    for row in rows:
+        middle = {n: f"{1e3 * median(row['seconds'][n]):.3f}" if n in row["seconds"] else "-"
+                  for n in names}  # fmt: skip
+        low, ratio, high = np.quantile(row["ratios"], (0.25, 0.5, 0.75))
+        goal = GOALS.get((row["method"], row["batch"], row["level"]))
+        cells.append([
+            f"{row['method']} {row['level']:g}%", str(row["batch"]), *middle.values(),
+            f"{ratio:.2f}", f"{low:.2f}-{high:.2f}", f"{row['sparse']} of {row['products']}",
+            "-" if goal is None else f"{goal:g}", "-" if goal is None else
+            "yes" if ratio >= goal else "no",
+        ])  # fmt: skip
+    return _laid_out(cells)
+
+
+def file_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return a line a level and way to store values: means over the seeds."""
+    cells = [["pruned %", "values", "bytes", "of the bound", "times smaller", "accuracy %",
+              "to float32", "MB/s saved", "loaded"]]  # fmt: skip
+    for level, values in dict.fromkeys((row["level"], row["values"]) for row in rows):
+        here = [row for row in rows if (row["level"], row["values"]) == (level, values)]
+        whole = [r for r in rows if (r["level"], r["values"]) == (level, "float32")]
+        mean = {k: float(np.mean([row[k] for row in here])) for k in ("bytes", "bound", "accuracy")}
+        change = mean["accuracy"] - np.mean([row["accuracy"] for row in whole])
+        cells.append([
+            f"{level:g}", values, f"{mean['bytes']:,.0f}", f"{mean['bytes'] / mean['bound']:.3f}",
+            f"{here[0]['dense'] / mean['bytes']:.1f}", f"{100 * mean['accuracy']:.2f}",
+            f"{100 * change:+.2f}",
+            *(f"{median(r['dense'] / r[k] for r in here) / 1e6:.0f}"
+              for k in ("saving", "loading")),
+        ])  # fmt: skip
+    return _laid_out(cells)
+
+
+def _laid_out(cells: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(map(str.rjust, line, widths)).rstrip() for line in cells)
+
+
+def measure(
+    run: Run, others: Sequence[Run], loaded: data.Data, python: str | None, *, quick: bool,
+    levels: Sequence[float] | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure everything, print it, and return all numbers; of the other runs the files alone."""
+    settings = run.config["settings"]
+    seeds = sorted({row.seed for row in run.rows})
+    found = [level for level in settings["levels"] if not quick or level in QUICK_LEVELS]
+    found = found if levels is None else [level for level in found if level in levels]
+    every: tuple[Values, ...] = ("float32", "codebook5") if quick else get_args(Values)
+    _, apply = models.mlp(
+        loaded.train.x.shape[1], settings["hidden_sizes"], int(loaded.train.y.max()) + 1
+    )
+    load, rates, speed = os.getloadavg()[0], [matmul_rate()], []
+    with torch_worker(python, {}) if python else contextlib.nullcontext() as ask:
+        versions = {"torch": ask("version")["torch"]} if ask else {}
+        for pruned in networks(run, seeds[:1], found):
+            if sys.stderr.isatty():
+                print(f"{pruned.method} {pruned.level:g}% ...", end="\r", file=sys.stderr)
+            batches = BATCHES[::2] if quick else BATCHES
+            speed += measure_speed(pruned, apply, loaded.test.x, ask, batches)
+            rates.append(matmul_rate())
+    sizes = files(run, apply, loaded, seeds[:1] if quick else seeds, found, every)
+    for other in others:
+        new = [level for level in other.config["settings"]["levels"] if level not in found]
+        sizes += files(other, apply, loaded, seeds[:1] if quick else seeds, new, every)
+    x = jnp.asarray(loaded.test.x[:256])
+    params = run.network("trained", "weight", seeds[0], found[0]).params
+    dense = jax.jit(apply)
+    joules = energy(lambda: jax.block_until_ready(dense(params, x)), 100)
+    versions |= {"jax": jax.__version__, "numpy": np.__version__, "python": sys.version.split()[0]}
+    device = f"{CORES} cores of {cpu_name()}, load {load:.1f} at the start"
+    print(device, ", ".join(f"{name} {number}" for name, number in versions.items()), sep="\n")
+    print(f"matmul, float32 2000^3: {median(rates) / 1e9:.0f} GFLOP/s "
+          f"({min(rates) / 1e9:.0f}-{max(rates) / 1e9:.0f})\n")  # fmt: skip
+    print(f"milliseconds, medians; {run.path}, trained, seed {seeds[0]}\n{speed_table(speed)}\n")
+    sizes.sort(key=lambda row: row["level"])
+    print(f"files of weight-pruned networks\n{file_table(sizes)}\n")
+    print("energy: the machine does not report it (RAPL)" if joules is None
+          else f"energy: {joules:.3f} J a call of the dense network, batch 256")  # fmt: skip
+    if python is None:
+        print("PyTorch was not measured; `make inference` does, or --torch PYTHON that has it")
+    return {
+        "device": device, "versions": versions, "rates": rates, "settings": settings,
+        "seed": seeds[0], "joules": joules, "speed": speed, "files": sizes,
+    }  # fmt: skip
+
+
+def to_json(numbers: dict[str, Any]) -> str:
+    """Return JSON with a line a row, and seconds to a tenth of a microsecond."""
+    rounded = json.loads(json.dumps(numbers), parse_float=lambda text: round(float(text), 7))
+    lines = []
+    for key, value in rounded.items():
+        text = json.dumps(value)
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            text = "[\n" + ",\n".join(map(json.dumps, value)) + "\n]"
+        lines.append(f"{json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the flags, measure, and keep the numbers."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    runs = "directory of a finished run, and of others of whose levels the files are measured too"
+    parser.add_argument("run", type=Path, nargs="+", metavar="RUN", help=runs)
+    quick = "quick: fewer levels, two batch sizes, one seed (%(default)s)"
+    parser.add_argument("--preset", choices=("quick", "full"), default="full", help=quick)
+    parser.add_argument("--levels", type=float, nargs="+", help="of the run's, in percent")
+    parser.add_argument("--torch", metavar="PYTHON", help="an interpreter with torch and numpy")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="where to keep all numbers")
+    args = parser.parse_args(argv)
+    if args.out and not args.out.parent.is_dir():
+        parser.error("the folder of --out must exist")
+    try:
+        run, *others = map(load_run, args.run)
+        loaded = data.load(run.config["settings"]["dataset"])
+        quick = args.preset == "quick"
+        numbers = measure(run, others, loaded, args.torch, quick=quick, levels=args.levels)
+        if args.out:
+            args.out.write_text(to_json({"command": sys.argv, **numbers}))
+    except (OSError, ValueError, ArithmeticError, RuntimeError) as error:
+        parser.exit(2, f"inference_speed.py: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

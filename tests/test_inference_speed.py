@@ -1,0 +1,86 @@
+"""The experiment on inference: that it runs and checks what it measures; nothing about time."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import figures, inference_speed, readme
+from jaxprune import load_run, models
+from jaxprune.data import Data, Split
+from jaxprune.study import run_sweep
+
+LEVELS = (0.0, 80.0, 98.0)
+
+
+@pytest.fixture(scope="module")
+def small(fashion_mnist: Data) -> Data:
+    """A few real images, enough for ten steps."""
+    pairs = zip(fashion_mnist, (1280, 100, 150), strict=True)
+    return Data(*(Split(split.x[:n], split.y[:n]) for split, n in pairs))
+
+
+@pytest.fixture(scope="module")
+def run_dir(small: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of a small network."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    init, apply = models.mlp(784, (64, 100), 10)
+    settings = {"dataset": "fashion_mnist", "hidden_sizes": [64, 100]}
+    run_sweep(init, apply, small, levels=LEVELS, run_dir=folder, settings=settings)
+    return folder
+
+
+def test_all_is_measured_and_drawn(
+    small: Data, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(inference_speed.data, "load", lambda name: small)
+    monkeypatch.setattr(inference_speed, "CALLS", 5)
+    monkeypatch.setattr(inference_speed, "QUICK_LEVELS", (0, 80, 98))
+    out = tmp_path / "inference.json"
+    inference_speed.main([str(run_dir), "--preset", "quick", "--out", str(out)])
+    printed = capsys.readouterr().out
+    assert "weight 98%" in printed and "codebook5" in printed and "energy" in printed
+    found = json.loads(out.read_text())
+    assert [(row["method"], row["level"], row["batch"]) for row in found["speed"]] == [
+        (method, level, batch) for method in ("weight", "unit")
+        for level in (0, 80, 98) for batch in (1, 256)
+    ]  # fmt: skip
+    sizes = 784 * 64 + 64 * 100 + 100 * 10
+    for row in found["speed"]:
+        assert row["dense"] == sizes and row["executed"] <= row["dense"]
+        assert len(row["seconds"]["ours"]) == 7 and min(row["ratios"]) > 0
+        if row["method"] == "weight":  # all but the logits
+            assert row["kept"] <= sizes - row["level"] / 100 * (sizes - 1000) + 2
+    for row in found["files"]:
+        assert row["bytes"] < row["dense"] == 4 * sizes
+        assert 0 < row["accuracy"] < 1
+        if row["values"] == "float32" and row["level"] >= 50:
+            assert row["bytes"] < min(row["csr"], row["npz"], row["gzip"])
+    for table in (readme.inference_table, readme.others_table, readme.files_table):
+        lines = table(found).splitlines()
+        assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
+    paths = figures.redraw(run_dir, tmp_path)
+    assert {"inference-speed.png", "file-sizes.svg"} <= {path.name for path in paths}
+
+
+def test_a_network_that_differs_stops_the_run(
+    small: Data, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pruned = next(inference_speed.networks(load_run(run_dir), [0], [80.0]))
+    _, apply = models.mlp(784, (64, 100), 10)
+    monkeypatch.setattr(inference_speed, "compile_sparse", lambda *_: lambda x: np.ones((1, 10)))
+    with pytest.raises(ArithmeticError, match="weight 80%, batch 1: it differs"):
+        next(inference_speed.measure_speed(pruned, apply, small.test.x, None, [1]))
+
+
+def test_bad_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for flags, message in (
+        ([str(tmp_path / "none")], "none is not a directory"),
+        ([str(tmp_path), "--out", str(tmp_path / "missing" / "a.json")], "the folder of --out"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            inference_speed.main(flags)
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
