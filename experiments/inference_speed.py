@@ -133,7 +133,9 @@ def measure_speed(
         if ask:
             for name in ("torch", "torch_csr"):
                 with tempfile.TemporaryDirectory() as folder:
-                    arrays = {f"kernel_{i}": kernel for i, kernel in enumerate(kernels)}
+                    arrays: dict[str, Any] = {
+                        f"kernel_{i}": kernel for i, kernel in enumerate(kernels)
+                    }
                     np.savez(f"{folder}/network.npz", x=on_host, **arrays)
                     answer = ask("infer", path=f"{folder}/network.npz", csr=name == "torch_csr",
                                  calls=CALLS, limit=SECONDS)  # fmt: skip

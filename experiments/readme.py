@@ -79,7 +79,7 @@ def loss_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def claims(rows: Sequence[Row], timed: dict, costs: dict) -> str:
+def claims(rows: Sequence[Row], timed: dict, pruned: dict) -> str:
     """Return the original's claims, each with what was measured."""
 
     def at(protocol: str, method: str, level: float, field: str = "accuracy") -> str:
@@ -125,26 +125,28 @@ def claims(rows: Sequence[Row], timed: dict, costs: dict) -> str:
 
     def sparse(batch: int) -> str:
         here = {
-            r["level"]: r for r in costs["speed"] if (r["method"], r["batch"]) == ("weight", batch)
+            r["level"]: r for r in pruned["speed"] if (r["method"], r["batch"]) == ("weight", batch)
         }
         return ", ".join(f"{median(here[level]['ratios']):.1f}" for level in (80, 90, 95, 99))
 
     def memory() -> str:
-        here = {r["level"]: r for r in costs["speed"] if (r["method"], r["batch"]) == ("weight", 1)}
+        here = {
+            r["level"]: r for r in pruned["speed"] if (r["method"], r["batch"]) == ("weight", 1)
+        }
         return ", ".join(
             f"{here[level]['dense_bytes'] / here[level]['bytes']:.1f}" for level in (80, 90, 95, 99)
         )
 
     def smaller(values: str) -> str:
         def ratio(level: float) -> float:
-            here = [r for r in costs["files"] if (r["level"], r["values"]) == (level, values)]
+            here = [r for r in pruned["files"] if (r["level"], r["values"]) == (level, values)]
             return here[0]["dense"] * len(here) / sum(row["bytes"] for row in here)
 
         return ", ".join(f"{ratio(level):.1f}" for level in (80, 90, 95, 99))
 
     power = (
         "Its energy is in the table's run."
-        if costs["joules"]
+        if pruned["joules"]
         else ("The machine does not report its energy, which was not measured.")
     )
     return f"""\

@@ -398,7 +398,10 @@ def test_speedups_mark_the_crossover_and_the_ideal() -> None:
     assert lines["batch 1"].get_ydata() == pytest.approx([1.0, 1.2, 2.0])  # medians
     assert lines["ideal"].get_ydata() == pytest.approx([2, 5, 10])
     rings = [line for line in figure.axes[0].lines if line.get_markersize() == 9]
-    assert [ring.get_xydata().tolist() for ring in rings] == [[[0.8, 1.2]], [[0.9, 3.5]]]
+    assert [np.asarray(ring.get_xydata()).tolist() for ring in rings] == [
+        [[0.8, 1.2]],
+        [[0.9, 3.5]],
+    ]
     with pytest.raises(ValueError, match="at least one row"):
         figures.speedups([])
 

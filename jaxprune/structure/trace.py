@@ -8,9 +8,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
 
 from jaxprune.structure.axes import Axes, Axis, Product, Sum, freeze, fresh, reshape, split, unify
@@ -159,7 +159,7 @@ def _closes_over_values(eqn: Any) -> bool:
     """Tell whether a derivative uses values that are no arguments; JAX cannot take it either."""
     if eqn.primitive.name != "custom_jvp_call":
         return False
-    return any(isinstance(const, jax.core.Tracer) for const in derivative_program(eqn)[1])
+    return any(isinstance(const, Tracer) for const in derivative_program(eqn)[1])
 
 
 def _rule(name: str) -> Callable[[Any, list[Axes]], list[Axes]]:
