@@ -264,7 +264,7 @@ def _with_sparse(
     instead = set(map(id, sparse))
     work = _dense_work([product for product in products if id(product) not in instead])
     for chain, array in zip(found, packed, strict=True):
-        from jaxprune.sparse import packing
+        from jaxprune.sparse import packing  # which imports Numba
 
         count, needed_bytes = packing.work(np.asarray(array), _rows(chain[0]))
         work = Report(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal, Var
 
+from jaxprune.structure.express import bind
 from jaxprune.types import Apply, Params
 
 _INLINED = frozenset(
@@ -256,7 +257,9 @@ class Program(NamedTuple):
         for i, n in steps:
             eqn = self.jaxpr.eqns[i]
             if n is None:
-                env.update(zip(eqn.outvars, _bind(eqn, map(read, eqn.invars)), strict=True))
+                env.update(
+                    zip(eqn.outvars, bind(eqn, [*map(read, eqn.invars)], eqn.params), strict=True)
+                )
             else:
                 first, last = chains[n][0], chains[n][-1]
                 rows = call(n, first.rows(env[first.x]))
@@ -264,11 +267,6 @@ class Program(NamedTuple):
                 kept = [size for axis, size in sizes if axis not in first.axes]
                 env[last.out] = last.result(rows, kept)
         return [read(x) for x in wanted]
-
-
-def _bind(eqn: Any, values: Any) -> list[Any]:
-    outs = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
-    return list(outs) if eqn.primitive.multiple_results else [outs]
 
 
 def _inline(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
@@ -285,7 +283,7 @@ def _inline(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]
             closed = inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ())
             outs = _inline(closed.jaxpr, closed.consts, values)
         else:
-            outs = _bind(eqn, values)
+            outs = bind(eqn, values, eqn.params)
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(x) for x in jaxpr.outvars]
 

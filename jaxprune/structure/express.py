@@ -41,11 +41,11 @@ def evaluate(node: Node, keep: Keep, args: Sequence[Any]) -> list[Any]:
         values = [read(x) for x in eqn.invars]
         call = _Call(eqn, i, node, keep)
         if not call.shrinks:
-            outs = _bind(eqn, values, eqn.params)
+            outs = bind(eqn, values, eqn.params)
         elif i in node.inner:
             outs = _PROGRAMS.get(eqn.primitive.name, _inline)(call, values)
         else:
-            outs = _bind(eqn, values, call.params(values))
+            outs = bind(eqn, values, call.params(values))
             if eqn.primitive.name in trace.SOURCES:
                 outs = [take(out, node.of(x), keep)
                         for out, x in zip(outs, eqn.outvars, strict=True)]  # fmt: skip
@@ -92,7 +92,8 @@ def constant_atoms(node: Node) -> list[Atom]:
     return found
 
 
-def _bind(eqn: Any, values: list[Any], params: dict[str, Any]) -> list[Any]:
+def bind(eqn: Any, values: Sequence[Any], params: dict[str, Any]) -> list[Any]:
+    """Return the results of an equation's primitive, with these parameters in place of its own."""
     outs = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(params))
     return list(outs) if eqn.primitive.multiple_results else [outs]
 
