@@ -42,7 +42,7 @@ BLOCK = {BY_COLUMNS: 64, 16: 6, 64: 6}
 """How many columns a block of a dense layer has, by the rows of a tile."""
 
 # What a packed chain begins with, in words of eight bytes: how many layers it has, the rows of a
-# tile, the largest width, its size in int32, the most parts of a layer; then these of every layer:
+# tile, the largest width, its size in int32, how many threads are worth it; then of every layer:
 # its sizes, its parts, whether it has a ReLU, whether it is dense, and where its data start.
 HEADER, FIELDS = 5, 9
 INPUTS, OUTPUTS, PARTS, RELU, DENSE, BIAS, STARTS, INDICES, VALUES = range(FIELDS)
@@ -615,10 +615,10 @@ def _handle(address):
     buffers = _words(frame[_ARGS], 2)
     x, chain = _words(buffers[0], 6), _words(buffers[1], 6)[_DATA]
     rows, head = _words(x[_DIMS], 2)[0], _words(chain, HEADER)
-    layers, tile, widest, parts = head[0], head[1], head[2], head[4]
+    layers, tile, widest, threads = head[0], head[1], head[2], head[4]
     if rows == 0:
         return 0
-    tasks = (rows + tile - 1) // tile if tile else parts
+    tasks = (rows + tile - 1) // tile if tile else threads
     words = _SHARED if tile else _SHARED + 3 * layers
     shared = _allocate(8 * words + (0 if tile else 8 * widest * rows + 64))
     state = _words(shared, words)
@@ -635,7 +635,7 @@ def _handle(address):
     # however many calls there are at once.
     state[_ANSWER] = 1
     _ask(frame, _NUM_THREADS, 32, shared + 8 * _ANSWER, 0, shared)
-    for _ in range(min(state[_ANSWER], tasks) - 1):
+    for _ in range(min(state[_ANSWER], tasks, threads) - 1):
         _fetch_add(shared + 8 * _REFERENCES, 1)
         if not _ask(frame, _SCHEDULE, 40, _helper(), shared, shared):
             _release(shared)

@@ -13,15 +13,16 @@ from jaxprune.sparse import kernel
 from jaxprune.sparse.kernel import BLOCK, BY_COLUMNS, FIELDS, HEADER, TILES
 from jaxprune.sparse.program import Layer
 
-_DENSE_FROM = {BY_COLUMNS: 0.25, 16: 0.6, 64: 0.6}  # measured: the density from which dense is fast
-_SHARE = 1 << 14  # weights that are worth another thread's while
+_DENSE_FROM = {BY_COLUMNS: 0.25, 16: 0.45, 64: 0.6}  # measured: the density from which dense is fast
+_FEW_ROWS = {False: 3, True: 16}  # measured: so many are faster by columns; True is a dense layer
+_SHARE = {BY_COLUMNS: 1 << 19, 16: 1 << 21, 64: 1 << 21}  # multiply-adds worth another's waking up
 
 
 def tile_for(layers: Sequence[Layer], rows: int) -> int:
     """Return how many rows a tile should have, or `BY_COLUMNS`."""
     kept = sum(np.count_nonzero(layer.weights) for layer in layers)
     density = kept / sum(layer.weights.size for layer in layers)
-    if rows < 2 or (rows <= 8 and density >= _DENSE_FROM[BY_COLUMNS]):
+    if rows <= _FEW_ROWS[bool(density >= _DENSE_FROM[BY_COLUMNS])]:
         return BY_COLUMNS
     return TILES[-1] if rows >= TILES[-1] * (os.cpu_count() or 1) else TILES[0]
 
@@ -36,6 +37,7 @@ def pack(layers: Sequence[Layer], rows: int, tile: int) -> np.ndarray:
     """
     header = np.zeros(HEADER + FIELDS * len(layers), np.int64)
     sections: list[np.ndarray] = []
+    work = 0
     size = -(-header.size * 2 // 16) * 16
 
     def add(section: np.ndarray) -> int:
@@ -51,6 +53,7 @@ def pack(layers: Sequence[Layer], rows: int, tile: int) -> np.ndarray:
         dense = density >= _DENSE_FROM[tile]
         block = BLOCK[tile]
         padding = -outputs % block
+        work += rows * (weights.size if dense else np.count_nonzero(weights))
         parts = _parts(weights, density, rows, tile)
         field = header[HEADER + n * FIELDS :][:FIELDS]
         field[[kernel.INPUTS, kernel.OUTPUTS, kernel.PARTS]] = inputs, outputs, parts
@@ -72,7 +75,7 @@ def pack(layers: Sequence[Layer], rows: int, tile: int) -> np.ndarray:
         tile,
         widest + -widest % 16 + 64,
         size,
-        fields[:, kernel.PARTS].max(),
+        _threads(work, tile) if tile else fields[:, kernel.PARTS].max(),
     )
     head = header.view(np.int32)
     return np.concatenate([np.pad(head, (0, -head.size % 16)), *sections])
@@ -80,7 +83,7 @@ def pack(layers: Sequence[Layer], rows: int, tile: int) -> np.ndarray:
 
 def work(packed: np.ndarray, rows: int) -> tuple[int, int]:
     """Return the multiply-adds of a packed chain, and the bytes of the kernel's buffers."""
-    layers, tile, widest = packed[: 2 * HEADER].view(np.int64)[:3]
+    layers, tile, widest, _, threads = packed[: 2 * HEADER].view(np.int64)
     fields = packed[: 2 * (HEADER + layers * FIELDS)].view(np.int64)[HEADER:].reshape(-1, FIELDS)
     count = 0
     for field in fields:
@@ -92,15 +95,20 @@ def work(packed: np.ndarray, rows: int) -> tuple[int, int]:
             count += (ends[:, -1] - ends[:, 0]).sum()
         else:
             count += packed[field[kernel.STARTS] + parts * outputs]
-    threads = min(os.cpu_count() or 1, -(-rows // tile)) if tile else 1
-    return rows * int(count), int(8 * widest * (tile * threads or rows))
+    buffers = tile * min(threads, -(-rows // tile)) if tile else rows
+    return rows * int(count), int(8 * widest * buffers)
+
+
+def _threads(work: int, tile: int) -> int:
+    """Return how many threads should share so many multiply-adds."""
+    return max(1, min(os.cpu_count() or 1, work // _SHARE[tile]))
 
 
 def _parts(weights: np.ndarray, density: float, rows: int, tile: int) -> int:
     """Return in how many parts a layer is done: its outputs by threads, or else its inputs."""
     if tile == BY_COLUMNS:
         work = int(weights.size * min(density, _DENSE_FROM[tile])) * rows
-        return max(1, min(os.cpu_count() or 1, work // _SHARE, -(-weights.shape[1] // 64)))
+        return min(_threads(work, tile), -(-weights.shape[1] // 64))
     for size in (128, 256):  # inputs of a part, to stay in the innermost cache
         # Each with lists long enough, and the longer, the more sums are added up after a list.
         if density * size >= 12 * (64 // tile):
