@@ -13,9 +13,12 @@ from jaxprune.sparse import kernel
 from jaxprune.sparse.kernel import BLOCK, BY_COLUMNS, FIELDS, HEADER, TILES
 from jaxprune.sparse.program import Layer
 
-_DENSE_FROM = {BY_COLUMNS: 0.25, 16: 0.45, 64: 0.6}  # measured: the density from which dense is fast
-_FEW_ROWS = {False: 3, True: 16}  # measured: so many are faster by columns; True is a dense layer
-_SHARE = {BY_COLUMNS: 1 << 19, 16: 1 << 21, 64: 1 << 21}  # multiply-adds worth another's waking up
+# Measured, by the rows of a tile: the density from which dense is faster; the multiply-adds that
+# are worth another thread, which wakes up late; and the rows up to which the kernel by columns
+# is faster, for sparse and for dense layers.
+_DENSE_FROM = {BY_COLUMNS: 0.25, 16: 0.45, 64: 0.6}
+_SHARE = {BY_COLUMNS: 1 << 19, 16: 1 << 21, 64: 1 << 21}
+_FEW_ROWS = {False: 3, True: 16}
 
 
 def tile_for(layers: Sequence[Layer], rows: int) -> int:
@@ -53,7 +56,7 @@ def pack(layers: Sequence[Layer], rows: int, tile: int) -> np.ndarray:
         dense = density >= _DENSE_FROM[tile]
         block = BLOCK[tile]
         padding = -outputs % block
-        work += rows * (weights.size if dense else np.count_nonzero(weights))
+        work += rows * (weights.size if dense else int(np.count_nonzero(weights)))
         parts = _parts(weights, density, rows, tile)
         field = header[HEADER + n * FIELDS :][:FIELDS]
         field[[kernel.INPUTS, kernel.OUTPUTS, kernel.PARTS]] = inputs, outputs, parts
