@@ -79,6 +79,12 @@ def clock(f: Callable, *args: Any) -> tuple[Any, float]:
     return result, time.perf_counter() - started
 
 
+def matmul(size: int = 2000) -> Callable[[], float]:
+    """Return a measurement of the FLOP/s of a float32 product: the median of three."""
+    multiply, factors = jax.jit(jnp.matmul), jax.random.normal(jax.random.key(0), (2, size, size))
+    return lambda: 2 * size**3 / median(clock(multiply, *factors)[1] for _ in range(3))
+
+
 def masks_by_argsort(kernel: np.ndarray, counts: np.ndarray, granularity: str) -> np.ndarray:
     """Return the masks of all levels, (levels, inputs, outputs), by NumPy's stable argsort."""
     unit = granularity == "unit"
@@ -121,10 +127,8 @@ class Benchmark:
     """The trained network, its masks, and what has been measured."""
 
     def __init__(self, loaded: data.Data, rounds: int, hidden_sizes: Sequence[int], size: int):
-        self.data, self.num_rounds, self.matmul_flop = loaded, rounds, 2 * size**3
+        self.data, self.num_rounds, self.matmul_rate = loaded, rounds, matmul(size)
         self.rows: list[Row] = []
-        self.multiply = jax.jit(jnp.matmul)
-        self.factors = jax.random.normal(jax.random.key(0), (2, size, size))
         self.epoch_steps = len(loaded.train.y) // BATCH_SIZE
         self.sizes = (loaded.train.x.shape[1], *hidden_sizes, int(loaded.train.y.max()) + 1)
         init, self.apply = models.mlp(self.sizes[0], hidden_sizes, self.sizes[-1])
@@ -156,9 +160,6 @@ class Benchmark:
         args = self.state, masks, x, y, batches, np.int32(0), np.int32(steps)
         (self.state, _), _ = self.programs.train(*args)
         return self.state.params
-
-    def matmul_rate(self) -> float:
-        return self.matmul_flop / median(clock(self.multiply, *self.factors)[1] for _ in range(3))
 
     def compare(
         self, name: str, goal: str, ours: Callable[[], float], other: str,
@@ -320,8 +321,13 @@ def table(rows: Sequence[Row]) -> str:
         met = ("yes" if better(median(ratios), limit) else "no") if ratios else "-"
         pair = spread(seconds, "s"), other, spread(theirs, "s"), spread(ratios, unit)
         cells.append((name, *pair, goal, met, spread(rates, "GFLOP/s")))
+    return aligned(cells, str.ljust)
+
+
+def aligned(cells: Sequence[Sequence[str]], side: Callable[[str, int], str]) -> str:
+    """Return lines of cells as wide as their columns."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
+    return "\n".join("  ".join(map(side, line, widths)).rstrip() for line in cells)
 
 
 def run(

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmark import CORES, Ask, cpu_name, torch_worker
+from experiments.benchmark import CORES, Ask, aligned, clock, cpu_name, matmul, spread, torch_worker
 from jaxprune import compile_sparse, data, load_run, load_sparse, models, save_sparse
 from jaxprune.evaluate import evaluate_levels
 from jaxprune.masks import apply_masks
@@ -74,13 +74,6 @@ def kernels_of(params: Any) -> list[np.ndarray]:
     return [np.asarray(params[name]["kernel"]) for name in names]
 
 
-def clock(f: Callable[[], Any]) -> float:
-    """Return the seconds of a call."""
-    started = time.perf_counter()
-    f()
-    return time.perf_counter() - started
-
-
 def in_turns(functions: Sequence[Callable[[], Any]]) -> list[list[float]]:
     """Time functions, at least five calls each, after one that is not timed.
 
@@ -96,7 +89,10 @@ def in_turns(functions: Sequence[Callable[[], Any]]) -> list[list[float]]:
     ):
         time.sleep(0.1)
         for f, found in zip(functions, seconds, strict=True):
-            found += [clock(f) for _ in range(BURST)]
+            for _ in range(BURST):
+                begin = time.perf_counter()
+                f()
+                found.append(time.perf_counter() - begin)
     return seconds
 
 
@@ -114,8 +110,8 @@ def measure_speed(
         on_host = np.array(x)
         started = time.perf_counter()
         fast = compile_sparse(apply, pruned.params, pruned.masks, x)
-        found, expected = np.asarray(fast(x)), np.asarray(dense(params, x))
         compiling = time.perf_counter() - started
+        found, expected = np.asarray(fast(x)), np.asarray(dense(params, x))
         if np.max(np.abs(found - expected)) > 1e-5 * np.max(np.abs(expected)):
             raise ArithmeticError(f"{pruned.method} {pruned.level:g}%, batch {batch}: it differs")
 
@@ -183,16 +179,16 @@ def measure_files(
         path = folder / f"{values}.safetensors"
         save = partial(save_sparse, path, pruned.params, pruned.masks, values=values)
         # Twice, since the first call loads what it needs.
-        saving = min(clock(save) for _ in range(2))
-        loading = min(clock(partial(load_sparse, path)) for _ in range(2))
-        params, masks = load_sparse(path)
+        saving = min(clock(save)[1] for _ in range(2))
+        ((params, masks), first), (_, second) = (clock(load_sparse, path) for _ in range(2))
         if not all(map(np.array_equal, jax.tree.leaves(masks), kept)):
             raise ArithmeticError("the masks read back are others")
         if values == "float32" and not all(map(np.array_equal, jax.tree.leaves(params), leaves)):
             raise ArithmeticError("the weights read back are others")
         yield {
             "method": pruned.method, "level": pruned.level, "seed": pruned.seed, "values": values,
-            "bytes": path.stat().st_size, "saving": saving, "loading": loading, **others,
+            "bytes": path.stat().st_size, "saving": saving,
+            "loading": min(first, second), **others,
         }, params  # fmt: skip
 
 
@@ -229,18 +225,11 @@ def energy(f: Callable[[], Any], calls: int) -> float | None:
         return None
 
 
-def matmul_rate(size: int = 2000) -> float:
-    """Return the FLOP/s of a float32 product under XLA, the median of seven."""
-    a, b = jax.random.normal(jax.random.key(0), (2, size, size))
-    multiply = jax.jit(jnp.matmul)
-    (seconds,) = in_turns([lambda: jax.block_until_ready(multiply(a, b))])
-    return 2 * size**3 / median(seconds[:7])
-
-
 def speed_table(rows: Sequence[dict[str, Any]]) -> str:
     """Return a line a network and batch size: milliseconds, and how many times as fast as dense."""
     names = ["ours", "xla", "numpy", "torch", "torch_csr"]
-    cells = [["", "batch", *names, "times as fast", "range of half", "sparse", "goal", "met"]]
+    cells = [["", "batch", *names, "times as fast", "range of half", "sparse",
+              "compiled in s", "goal", "met"]]  # fmt: skip
     for row in rows:
         middle = {n: f"{1e3 * median(row['seconds'][n]):.3f}" if n in row["seconds"] else "-"
                   for n in names}  # fmt: skip
@@ -249,10 +238,10 @@ def speed_table(rows: Sequence[dict[str, Any]]) -> str:
         cells.append([
             f"{row['method']} {row['level']:g}%", str(row["batch"]), *middle.values(),
             f"{ratio:.2f}", f"{low:.2f}-{high:.2f}", f"{row['sparse']} of {row['products']}",
-            "-" if goal is None else f"{goal:g}", "-" if goal is None else
-            "yes" if ratio >= goal else "no",
+            f"{row['compiling']:.1f}",
+            *(("-", "-") if goal is None else (f"{goal:g}", "yes" if ratio >= goal else "no")),
         ])  # fmt: skip
-    return _laid_out(cells)
+    return aligned(cells, str.rjust)
 
 
 def file_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -271,12 +260,7 @@ def file_table(rows: Sequence[dict[str, Any]]) -> str:
             *(f"{median(r['dense'] / r[k] for r in here) / 1e6:.0f}"
               for k in ("saving", "loading")),
         ])  # fmt: skip
-    return _laid_out(cells)
-
-
-def _laid_out(cells: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(map(str.rjust, line, widths)).rstrip() for line in cells)
+    return aligned(cells, str.rjust)
 
 
 def measure(
@@ -292,7 +276,8 @@ def measure(
     _, apply = models.mlp(
         loaded.train.x.shape[1], settings["hidden_sizes"], int(loaded.train.y.max()) + 1
     )
-    load, rates, speed = os.getloadavg()[0], [matmul_rate()], []
+    load, rate, speed = os.getloadavg()[0], matmul(), []
+    rates = [rate()]
     with torch_worker(python, {}) if python else contextlib.nullcontext() as ask:
         versions = {"torch": ask("version")["torch"]} if ask else {}
         for pruned in networks(run, seeds[:1], found):
@@ -300,7 +285,8 @@ def measure(
                 print(f"{pruned.method} {pruned.level:g}% ...", end="\r", file=sys.stderr)
             batches = BATCHES[::2] if quick else BATCHES
             speed += measure_speed(pruned, apply, loaded.test.x, ask, batches)
-            rates.append(matmul_rate())
+            time.sleep(0.1)  # the threads of NumPy and PyTorch spin for a while
+            rates.append(rate())
     sizes = files(run, apply, loaded, seeds[:1] if quick else seeds, found, every)
     for other in others:
         new = [level for level in other.config["settings"]["levels"] if level not in found]
@@ -312,8 +298,7 @@ def measure(
     versions |= {"jax": jax.__version__, "numpy": np.__version__, "python": sys.version.split()[0]}
     device = f"{CORES} cores of {cpu_name()}, load {load:.1f} at the start"
     print(device, ", ".join(f"{name} {number}" for name, number in versions.items()), sep="\n")
-    print(f"matmul, float32 2000^3: {median(rates) / 1e9:.0f} GFLOP/s "
-          f"({min(rates) / 1e9:.0f}-{max(rates) / 1e9:.0f})\n")  # fmt: skip
+    print(f"matmul, float32 2000^3: {spread(rates, 'GFLOP/s')}\n")
     print(f"milliseconds, medians; {run.path}, trained, seed {seeds[0]}\n{speed_table(speed)}\n")
     sizes.sort(key=lambda row: row["level"])
     print(f"files of weight-pruned networks\n{file_table(sizes)}\n")
