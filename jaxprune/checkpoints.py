@@ -15,7 +15,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ import numpy as np
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
-from jaxprune import trees
+from jaxprune import files, trees
 from jaxprune.trees import paths_and_leaves
 
 _MANIFEST = "manifest.json"
@@ -77,7 +76,7 @@ def save(path: Path, /, **items: PyTree) -> None:
         raise OSError(errno.ENOSPC, f"a checkpoint of {size:,} bytes has {free:,} left", str(path))
     _write_manifest(staged, {name: _save_item(staged / name, item) for name, item in items.items()})
     staged.rename(path)
-    _sync(path.parent)
+    files.sync(path.parent)
 
 
 def load(path: Path, name: str, target: PyTree | None = None) -> PyTree:
@@ -210,11 +209,11 @@ def _save_item(path: Path, item: PyTree) -> dict[str, Any]:
             except ValueError as error:  # TensorStore's, a page long
                 raise OSError(errno.EIO, "a checkpoint cannot be written", str(path)) from error
         for made in (path, *path.rglob("*")):
-            _sync(made)
-    files = sorted(file for file in path.rglob("*") if file.is_file())
+            files.sync(made)
+    saved = sorted(file for file in path.rglob("*") if file.is_file())
     entry = {
         "leaves": _describe(item),
-        "files": {str(file.relative_to(path)): _digest(file) for file in files},
+        "files": {str(file.relative_to(path)): _digest(file) for file in saved},
     }
     with contextlib.suppress(TypeError):
         entry["tree"] = trees.encode_containers(item)
@@ -231,22 +230,9 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
-    """Make the contents of a file, or the names in a directory, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _write_manifest(path: Path, entries: dict[str, Any]) -> None:
     body = json.dumps(entries)
-    staged = _staged(path / _MANIFEST)
-    staged.write_text(f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}")
-    _sync(staged)
-    staged.rename(path / _MANIFEST)
-    _sync(path)
+    files.write(path / _MANIFEST, f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}")
 
 
 def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:

@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from jaxprune import files
+
 if TYPE_CHECKING:  # they import jax
     from jaxprune.types import Masks, Params
 
@@ -112,7 +114,7 @@ def read_rows(path: Path) -> list[Row]:
 
 def rewrite_rows(path: Path, rows: Iterable[Row]) -> None:
     """Replace the log by these rows, all or nothing."""
-    _replace(path, _to_lines(rows))
+    files.write(path, _to_lines(rows))
 
 
 def write_csv(path: Path, rows: Iterable[Row]) -> None:
@@ -125,7 +127,7 @@ def write_csv(path: Path, rows: Iterable[Row]) -> None:
             if name not in _TEXTS:
                 fields[name] = "" if value is None else json.dumps(value)
         cells.writerow(fields)
-    _replace(path, text.getvalue())
+    files.write(path, text.getvalue())
 
 
 def read_csv(path: Path) -> list[Row]:
@@ -151,7 +153,7 @@ def read_csv(path: Path) -> list[Row]:
 
 def write_json_atomic(path: Path, data: Any) -> None:
     """Write indented JSON, all or nothing."""
-    _replace(path, json.dumps(data, indent=2) + "\n")
+    files.write(path, json.dumps(data, indent=2) + "\n")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -329,13 +331,3 @@ def _words(value: Any) -> str:
 
 def _to_lines(rows: Iterable[Row]) -> str:
     return "".join(f"{json.dumps(dataclasses.asdict(row))}\n" for row in rows)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file under another name, to disk, and rename it."""
-    staged = path.with_name(f"{path.name}.tmp")
-    with staged.open("w", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    staged.replace(path)

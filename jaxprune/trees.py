@@ -91,17 +91,19 @@ def encode_containers(tree: Any) -> Any:
     if tree is not None and not jax.tree_util.all_leaves([tree]):
         raise TypeError(
             "containers must be dict (with keys of str or int), list, tuple or None, "
-            f"got {type(tree).__name__}"
+            f"got {type(tree).__name__} (flax.core.unfreeze or nnx.to_pure_dict make dicts)"
         )
     return None if tree is None else "leaf"
 
 
 def decode_containers(encoded: Any) -> Any:
     """Return what `encode_containers` was given, with a string for every leaf."""
-    if not isinstance(encoded, dict):
+    if encoded is None or encoded == "leaf":
         return encoded
     [(kind, values)] = encoded.items()
     if kind == "dict":
+        if not all(type(key) in (str, int) for key, _ in values):
+            raise ValueError("a key is neither str nor int")
         return {key: decode_containers(value) for key, value in values}
     return {"list": list, "tuple": tuple}[kind](map(decode_containers, values))
 

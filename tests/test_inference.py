@@ -3,6 +3,7 @@
 import gc
 import threading
 import time
+import warnings
 from typing import Any
 
 import jax
@@ -201,6 +202,13 @@ def test_vmap(sparse: None) -> None:
         (lambda p, x: (h := x @ p["a"] @ p["b"]) + h, 1),
         (lambda p, x: jax.checkpoint(lambda x: jax.nn.relu(x @ p["a"]))(x) @ p["b"], 1),
         (lambda p, x: (x @ p["a"] @ p["a"].T, x @ p["a"]), 2),
+        (lambda p, x: jax.nn.relu(x @ p["a"] + p["b"][0, 0]) @ p["b"], 1),
+        (lambda p, x: jax.nn.relu(x @ p["a"] + p["b"][:6, :1]) @ p["b"], 2),
+        (lambda p, x: jnp.sum(x[:1] @ p["a"] + jnp.zeros((5, 16)) * p["b"][0, 0], 0), 1),
+        (lambda p, x: x @ p["a"][:, :1] + 0 * p["b"][:, :1].T, 1),
+        (lambda p, x: (x @ p["a"], p["b"][0, 0], p["b"][0, :1], p["b"][:1, 0]), 1),
+        (lambda p, x: x @ p["a"] + jnp.sum(p["b"][:0]), 1),
+        (lambda p, x: (x @ p["a"][:, :0]) @ p["b"][:0] + x @ p["a"] @ p["b"], 1),
         (lambda p, x: jax.lax.fori_loop(0, 2, lambda i, x: x @ p["a"] @ p["a"].T, x) @ p["a"], 1),
     ],
 )  # fmt: skip
@@ -340,6 +348,99 @@ def test_no_masked_products() -> None:
     masks = random_masks(params, 0.5) | {"logits": np.ones((2, 3), bool)}
     with pytest.raises(ValueError, match="no masked leaf is the weights of a matrix product"):
         jp.compile_sparse(apply, params, masks, inputs(2, 4, 4, 1))
+
+
+def test_stacks_of_products() -> None:
+    params = {"experts": jnp.ones((2, 4, 3))}
+    with pytest.raises(ValueError, match="and of one, not of a stack"):
+        jp.compile_sparse(
+            lambda p, x: jnp.einsum("bed,edf->bef", x, p["experts"]),
+            params, random_masks(params, 0.5), inputs(5, 2, 4),
+        )  # fmt: skip
+
+
+def test_no_derivative(sparse: None) -> None:
+    params = mlp_params(20, 30, 5)
+    fast = jp.compile_sparse(mlp, params, random_masks(params, 0.2), inputs(7, 20))
+    with pytest.raises(NotImplementedError, match="differentiate the masked network"):
+        jax.grad(lambda x: fast(x).sum())(inputs(7, 20))
+
+
+def test_another_tree_of_inputs(sparse: None) -> None:
+    params = mlp_params(20, 30)
+    masks = random_masks(params, 0.2)
+    fast = jp.compile_sparse(lambda p, x: mlp(p, x["a"]), params, masks, {"a": inputs(7, 20)})
+    with pytest.raises(ValueError, match="inputs must be a tree like the example's, of 1 leaves"):
+        jax.jit(fast)({"a": inputs(7, 20), "b": inputs(7, 20)})
+
+
+def test_keys(sparse: None) -> None:
+    """Random numbers come of the inputs, or of the parameters."""
+    params = mlp_params(20, 30, 5)
+    masks = random_masks(params, 0.2)
+
+    def apply(params: Any, x: Any) -> Any:
+        x, key = x
+        return mlp(params, jnp.where(jax.random.bernoulli(key, 0.5, x.shape), x, 0))
+
+    fast = jp.compile_sparse(apply, params, masks, (inputs(7, 20), jax.random.key(0)))
+    for call in (fast, jax.jit(fast)):
+        check(call, apply, params, masks, (inputs(9, 20), jax.random.key(1)))
+    params, masks = params | {"key": jax.random.key(2)}, masks | {"key": np.False_}
+    fast = jp.compile_sparse(lambda p, x: mlp({n: p[n] for n in p if n != "key"}, x), params,
+                             masks, inputs(7, 20))  # fmt: skip
+    assert fast(inputs(7, 20)).shape == (7, 5)
+
+
+def test_what_is_held_is_a_copy(sparse: None) -> None:
+    params = mlp_params(20, 30, 5)
+    masks = random_masks(params, 0.2)
+    expected = mlp(masked_by_hand(params, masks), inputs(9, 20))
+    given = {name: np.array(w) if name == "b0" else jnp.array(w) for name, w in params.items()}
+    fast = jp.compile_sparse(mlp, given, masks, inputs(7, 20))
+    given["b0"][:] = 0
+    given["b1"].delete()
+    np.testing.assert_allclose(fast(inputs(9, 20)), expected, rtol=0, atol=1e-4)
+
+
+def test_warnings_stay_as_they_are() -> None:
+    params = mlp_params(20, 30, 5, bias=False)
+    masks = jax.tree.map(lambda w: np.zeros(w.shape, bool), params)
+    before = list(warnings.filters)
+    threads = [
+        threading.Thread(target=jp.compile_sparse, args=(mlp, params, masks, inputs(n, 20)))
+        for n in range(1, 5)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert warnings.filters == before
+
+
+def test_a_network_that_is_never_the_same() -> None:
+    params = mlp_params(20, 30)
+    count = iter(range(10**6))
+
+    def apply(params: Any, x: Any) -> Any:
+        kind = jax.ShapeDtypeStruct((), jnp.float32)
+        return mlp(params, x) + jax.pure_callback(lambda: np.float32(next(count)), kind)
+
+    fast = jp.compile_sparse(apply, params, random_masks(params, 0.2), inputs(7, 20))
+    assert calls(fast, inputs(7, 20)) == 0
+
+
+def test_double_precision(sparse: None) -> None:
+    params = mlp_params(20, 30)
+
+    def apply(params: Any, x: Any) -> Any:
+        return mlp(jax.tree.map(lambda w: w.astype(x.dtype), params), x)
+
+    fast = jp.compile_sparse(apply, params, random_masks(params, 0.2), inputs(7, 20))
+    with jax.enable_x64(True):
+        x = jnp.asarray(np.ones((7, 20)))
+        assert fast(x).dtype == jax.jit(fast)(x).dtype == jnp.float64
+        assert jax.jit(fast)(x[:3]).dtype == jnp.float64
 
 
 def test_no_values() -> None:

@@ -21,8 +21,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxprune"
 # A module imports only from those before it.
 ORDER = (
-    "config types trees data models metrics sparsity scores select masks schedules transforms "
-    "train evaluate structure sparse checkpoints results figures study"
+    "config files types trees data models metrics sparsity scores select masks schedules "
+    "transforms train evaluate structure sparse checkpoints results figures study"
 ).split()
 FILES = {
     path.relative_to(PACKAGE).as_posix(): path

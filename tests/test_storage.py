@@ -424,12 +424,12 @@ def test_every_flipped_byte(small):
 @pytest.mark.parametrize(
     ("raw", "reason"),
     [
-        (b"", "header too small"),
-        (b"\x89HDF\r\n\x1a\n" * 4, "header too large"),
-        (b"\x01" + bytes(30), "invalid JSON"),
+        (b"", "it has no header"),
+        (b"\x89HDF\r\n\x1a\n" * 4, "it has no header"),
+        (b"\x01" + bytes(30), "Expecting value"),
         (safetensors.numpy.save({"a": np.ones(3)}), "it has no metadata `jaxprune`"),
         (safetensors.numpy.save({}, {"jaxprune": ""}), "it has no metadata `jaxprune`"),
-        (safetensors.numpy.save({}, {"jaxprune": "[" * 100_000}), "recursion|nested"),
+        (safetensors.numpy.save({}, {"jaxprune": "[" * 100_000}), "damaged|nested"),
         (safetensors.numpy.save({}, {"jaxprune": '{"version": 2}'}), "format is 2, and 1 can"),
     ],
 )
@@ -524,7 +524,7 @@ def test_nothing_large_is_allocated(tmp_path):
 def test_a_network_without_weights_is_filled_up(tmp_path):
     w, mask = np.ones((1000, 2000), np.float32), np.zeros((1000, 2000), bool)
     check_lossless(tmp_path, {"w": w}, {"w": mask})
-    assert 2000 < (tmp_path / "net").stat().st_size < 3500
+    assert 2_000_000 * 5 / 1024 < (tmp_path / "net").stat().st_size < 11_000
 
 
 def fuzz(path, raw, rng):
@@ -607,7 +607,25 @@ def test_a_thousand_headers(small):
             assert "is not a whole file of a sparse network" in str(error)  # noqa: PT017
 
 
+def test_a_file_is_not_read_before_its_size_is_checked(small):
+    path, raw = small
+    path.write_bytes(raw)
+    with path.open("r+b") as file:
+        file.truncate(2**40)  # a sparse file: it has no such space on disk
+    with pytest.raises(ValueError, match="another size than its header says"):
+        load_sparse(path)
+
+
 # Bad input.
+
+
+@pytest.mark.parametrize(
+    ("values", "largest"), [("int8", np.finfo(np.float32).max), ("codebook4", 1.7e308)]
+)
+def test_weights_too_large_to_be_quantised(tmp_path, values, largest):
+    w = largest * np.linspace(0.5, 1, 40, dtype=np.asarray(largest).dtype)
+    with pytest.raises(ValueError, match=f"leaf 'w' has weights that are too large for {values}"):
+        save_sparse(tmp_path / "net", {"w": w}, {"w": np.arange(40) > 0}, values=values)
 
 
 def test_masks_of_another_network(tmp_path):
@@ -695,7 +713,6 @@ def test_full_disk(tmp_path, monkeypatch, step):
 
 def test_a_file_is_replaced(tmp_path):
     (tmp_path / "net").write_text("old")
-    (tmp_path / "net.tmp").write_text("left by a kill")
     check_lossless(tmp_path, {"w": np.ones(3)}, {"w": np.arange(3) > 1})
 
 

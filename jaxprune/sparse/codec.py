@@ -26,6 +26,7 @@ _RAW, _ZSTD, _ENTROPY = range(3)
 _STEP = np.log(2)  # of the odds, from class to class: finer ones cost more than they save
 _CLASSES = 32  # of rows, and of columns
 _LINE = 64  # shorter rows and columns save less than it costs to tell their classes
+_SHORT = 12  # bytes that nothing makes smaller: zstandard has a header of so many
 _SET_BITS = np.bitwise_count(np.arange(256, dtype=np.uint8))
 
 
@@ -37,7 +38,10 @@ def pack(data: np.ndarray) -> bytes:
         [True, True, True]
     """
     raw = data.tobytes()
-    streams = [bytes([_RAW]) + raw, bytes([_ZSTD]) + zstandard.ZstdCompressor(1).compress(raw)]
+    streams = [bytes([_RAW]) + raw]
+    if len(raw) < _SHORT:
+        return streams[0]
+    streams.append(bytes([_ZSTD]) + zstandard.ZstdCompressor(1).compress(raw))
     counts = np.bincount(data, minlength=256)
     symbols = np.flatnonzero(counts)
     share = counts[symbols] / max(data.size, 1)

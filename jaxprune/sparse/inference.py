@@ -9,7 +9,6 @@ import hashlib
 import math
 import threading
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -23,7 +22,7 @@ from jax.core import Tracer
 from jaxprune import trees
 from jaxprune.masks import check_masks
 from jaxprune.sparse.program import Product, Program, chains
-from jaxprune.structure import compaction
+from jaxprune.structure import Compaction
 from jaxprune.types import Apply, Masks, Params
 
 # A measurement: of so many rounds at least, and at most, and of so many seconds in between.
@@ -40,10 +39,11 @@ def compile_sparse(apply: Apply, params: Params, masks: Masks, x: Any) -> "Spars
     a bias and a ReLU between them, are one call. All else stays as it is. Where the masked network
     itself is fastest, it is what is returned.
 
-    Only products of float32 on a CPU can be sparse, and none inside of a `scan` or another loop; on
-    other devices units are removed and nothing more. It is for inference: sparse products have no
-    derivative. Zeros are skipped, so that an input of infinity or NaN need not spread as it does
-    when it is multiplied by a masked weight.
+    Only products of float32 on a CPU can be sparse, and none inside of a `scan` or another loop,
+    nor of stacks of matrices; on other devices units are removed and nothing more. It is for
+    inference: sparse products have no derivative. Zeros are skipped, so that an input of infinity
+    or NaN need not spread as it does when it is multiplied by a masked weight. To measure, the
+    network is called some dozens of times, with whatever effects it has.
 
     Args:
         apply: the network.
@@ -52,9 +52,10 @@ def compile_sparse(apply: Apply, params: Params, masks: Masks, x: Any) -> "Spars
         x: an example batch, of the size to be fast at and of typical values.
 
     Returns:
-        A function of inputs like `x`, to be called as it is or under `jit`. It holds the kept
-        weights. At inputs of another shape or dtype it measures anew, once. It equals
-        `apply(apply_masks(params, masks), x)` up to rounding. Its `report(x)` tells what is run.
+        A function of inputs like `x`, to be called as it is or under `jit`. It holds copies of the
+        kept weights. At inputs of another shape or dtype it measures anew, once, for which it needs
+        memory for the dense weights too. It equals `apply(apply_masks(params, masks), x)` up to
+        rounding. Its `report(x)` tells what is run.
 
     Raises:
         ValueError: the trees or a leaf's shapes differ, or leaves are masked but none of them is
@@ -87,8 +88,8 @@ class Report(NamedTuple):
         products: how many matrix products with weights of the parameters are run.
         sparse: how many of them over the kept weights alone.
         multiply_adds: of all these products, as they are run.
-        bytes: of weights, inputs, results and buffers, at their peak; the kept weights are held
-            once more, for inputs of other shapes.
+        bytes: of weights, inputs, results and buffers, at their peak, and of the kept weights
+            once more, which are held for inputs of other shapes.
     """
 
     products: int
@@ -98,7 +99,7 @@ class Report(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """A leaf without what is masked, of a size that is in proportion to what is kept."""
+    """A copy of a leaf without what is masked, of a size that is in proportion to what is kept."""
 
     leaf: Any
     indices: np.ndarray | None
@@ -108,8 +109,8 @@ class _Kept(NamedTuple):
     @classmethod
     def of(cls, leaf: Any, mask: Any) -> "_Kept":
         mask = np.asarray(mask)
-        if mask.all():
-            return cls(leaf, None, mask.shape, False)
+        if mask.all() or not _numeric(leaf):
+            return cls(_copy(leaf), None, mask.shape, False)
         leaf, flat = np.asarray(leaf), np.flatnonzero(mask)
         if 2 * flat.size > leaf.size:
             return cls(np.where(mask, leaf, np.zeros((), leaf.dtype)), None, leaf.shape, True)
@@ -121,6 +122,10 @@ class _Kept(NamedTuple):
         full = np.zeros(self.shape, self.leaf.dtype)
         full.reshape(-1)[self.indices] = self.leaf
         return full
+
+    @property
+    def bytes(self) -> int:
+        return sum(getattr(array, "nbytes", 0) for array in (self.leaf, self.indices))
 
 
 class _Choice(NamedTuple):
@@ -148,7 +153,7 @@ class SparseNetwork:
         self._tree = jax.tree.structure(params)
         pairs = zip(jax.tree.leaves(params), jax.tree.leaves(masks), strict=True)
         self._kept = [_Kept.of(leaf, mask) for leaf, mask in pairs]
-        self._example = [np.asarray(leaf) for leaf in jax.tree.leaves(x)]
+        self._example = [_copy(leaf) for leaf in jax.tree.leaves(x)]
         self._programs: dict[Any, _Choice] = {}
         self._constants: dict[bytes, Any] = {}
         self._lock = threading.RLock()
@@ -163,7 +168,8 @@ class SparseNetwork:
         function, constants, work = self.program(x)
         found = function.lower(constants, x).compile().memory_analysis()
         of_xla = found.argument_size_in_bytes + found.temp_size_in_bytes
-        return work._replace(bytes=int(of_xla + found.output_size_in_bytes) + work.bytes)
+        held = sum(kept.bytes for kept in self._kept)
+        return work._replace(bytes=int(of_xla + found.output_size_in_bytes) + work.bytes + held)
 
     def program(self, x: Any) -> _Choice:
         """Return the fastest function for inputs of these shapes; made when first needed."""
@@ -171,28 +177,28 @@ class SparseNetwork:
             key = _key(x)
             if key not in self._programs:
                 inputs, structure = jax.tree.flatten(x)
-                for i, leaf in enumerate(inputs):
-                    if isinstance(leaf, Tracer):
-                        typical = np.resize(self._example[i], leaf.shape)
-                        inputs[i] = typical.astype(leaf.dtype)
-                x = jax.tree.unflatten(structure, inputs)
-                self._programs[key] = _outside(partial(self._fastest, x))
+                if len(inputs) != len(self._example):
+                    raise ValueError(
+                        f"inputs must be a tree like the example's, of {len(self._example)} "
+                        f"leaves, got {structure}"
+                    )
+                self._programs[key] = _outside(partial(self._make, inputs, structure))
             return self._programs[key]
 
-    def _fastest(self, x: Any) -> _Choice:
+    def _make(self, inputs: Sequence[Any], structure: Any) -> _Choice:
+        typical = [_typical(*pair) for pair in zip(inputs, self._example, strict=True)]
+        x = jax.tree.unflatten(structure, typical)
         leaves = [kept.restore() for kept in self._kept]
         params = jax.tree.unflatten(self._tree, leaves)
         masks = jax.tree.unflatten(self._tree, [_nonzero(leaf) for leaf in leaves])
-        with warnings.catch_warnings():  # of groups without effect, of which one unit stays
-            warnings.simplefilter("ignore")
-            plan = compaction(self._apply, params, masks, x)
+        plan = Compaction(self._apply, params, masks, x, fold=True)
         program = Program.of(plan.apply, plan.params, x)
         products = program.products()
         masked = {i for i, kept in enumerate(self._kept) if kept.masked}
         if masked and not any(masked & product.leaves for product in products):
             raise ValueError(
-                "no masked leaf is the weights of a matrix product outside of loops: there is "
-                "nothing to run sparsely; `compact` removes units alone"
+                "no masked leaf is the weights of a matrix product outside of loops (and of one, "
+                "not of a stack): there is nothing to run sparsely; `compact` removes units alone"
             )
         whole = _dense_work(Program.of(self._apply, params, x).products())
         choices = [
@@ -212,7 +218,7 @@ class SparseNetwork:
         """Return an array that programs of other shapes may hold already."""
         if not _numeric(constant):
             return constant
-        data = np.ascontiguousarray(constant)
+        data = np.asarray(constant)
         kind = repr((data.shape, data.dtype)).encode()
         return self._constants.setdefault(hashlib.sha256(data.tobytes()).digest() + kind, constant)
 
@@ -221,15 +227,38 @@ def _outside(make: Callable[[], Any]) -> Any:
     """Call a function that computes, even while JAX traces: in a thread of its own then."""
     if not isinstance(jnp.zeros(()), Tracer):
         return make()
+    wide = jax.config.jax_enable_x64  # of this thread, which the other one is to have too
+
+    def inside() -> Any:
+        with jax.enable_x64(wide):
+            return make()
+
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(make).result()
+        return thread.submit(inside).result()
 
 
 def _key(x: Any) -> Any:
+    wide = jax.config.jax_enable_x64
     if isinstance(x, jax.Array | np.ndarray):  # what most networks take, in a tenth of the time
-        return x.shape, x.dtype
+        return x.shape, x.dtype, wide
     leaves, structure = jax.tree.flatten(x)
-    return structure, *((np.shape(a), getattr(a, "dtype", type(a))) for a in leaves)
+    return structure, wide, *((np.shape(a), getattr(a, "dtype", type(a))) for a in leaves)
+
+
+def _copy(leaf: Any) -> Any:
+    """Return what nobody else changes or deletes."""
+    if isinstance(leaf, jax.Array):
+        return jnp.array(leaf, copy=True)
+    return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
+
+
+def _typical(leaf: Any, example: Any) -> Any:
+    """Return a leaf of the inputs, or while JAX traces the example's values in its shape."""
+    if not isinstance(leaf, Tracer):
+        return leaf
+    if not _numeric(example):
+        return jnp.broadcast_to(example.ravel()[0], leaf.shape)
+    return np.resize(example, leaf.shape).astype(leaf.dtype)
 
 
 def _numeric(leaf: Any) -> bool:
@@ -323,7 +352,8 @@ def _faster_alone(program: Program, products: Sequence[Product], x: Any) -> list
 def _fastest(choices: Sequence[Callable[[Any], Any]], x: Any) -> int:
     """Return which function is fastest at `x`, of those that return what the first does."""
     expected = jax.block_until_ready(choices[0](x))
-    valid = [i for i, choice in enumerate(choices) if _same(choice(x), expected)]
+    others = enumerate(choices[1:], 1)
+    valid = [0, *(i for i, choice in others if _same(choice(x), expected))]
     seconds: dict[int, list[float]] = {i: [] for i in valid}
     start = time.perf_counter()
     # In turns, so that whatever else the machine does falls on all alike.
@@ -341,10 +371,11 @@ def _same(found: Any, expected: Any) -> bool:
     """Tell whether two networks return the same up to rounding, whatever is not a real number."""
 
     def close(a: Any, b: Any) -> bool:
-        if not jnp.issubdtype(a.dtype, jnp.floating):
-            return True
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        if (a.shape, a.dtype) != (b.shape, b.dtype) or not jnp.issubdtype(a.dtype, jnp.inexact):
+            return (a.shape, a.dtype) == (b.shape, b.dtype)
+        rounding = max(1e-5, 4 * float(jnp.finfo(a.dtype).eps))
+        a, b = (np.asarray(v).astype(np.result_type(v.dtype, np.float64)) for v in (a, b))
         scale = np.max(np.abs(b), initial=0, where=np.isfinite(b))
-        return np.allclose(a, b, rtol=0, atol=1e-3 * scale, equal_nan=True)
+        return np.allclose(a, b, rtol=0, atol=rounding * scale, equal_nan=True)
 
     return all(jax.tree.leaves(jax.tree.map(close, found, expected)))

@@ -64,9 +64,14 @@ _BUFFERS, _REQUEST, _ANSWER = 11, 12, 17
 _SHARED = 18
 
 _SIDE = 16  # of a block that is transposed
+try:
+    _WIDE = llvmlite.binding.get_host_cpu_features().get("avx512f", False)
+except RuntimeError:  # not known of this machine
+    _WIDE = False
 _FLOAT, _BYTE, _I32, _I64 = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
 def run(x: Any, packed: Any, outputs: int) -> Any:
     """Return the results of a packed chain for rows of inputs, (rows, inputs)."""
     call = jax.ffi.ffi_call(
@@ -75,6 +80,13 @@ def run(x: Any, packed: Any, outputs: int) -> Any:
         vmap_method="sequential",
     )
     return call(x, packed)
+
+
+@run.defjvp
+def _no_derivative(outputs: int, primals: Any, tangents: Any) -> Any:
+    raise NotImplementedError(
+        "sparse products have no derivative: differentiate the masked network, compile it after"
+    )
 
 
 # What LLVM can do and Numba cannot say.
@@ -266,8 +278,7 @@ def _column(tile: int) -> Any:
 def _dense_block(tile: int) -> Any:
     """Make a block of columns: y[j] = bias[j] + sum of weights[k, j] x[k], of a tile's rows."""
     columns = BLOCK[tile]
-    wide = llvmlite.binding.get_host_cpu_features().get("avx512f", False)
-    width = tile if wide else TILES[0]  # as many sums as there are registers for
+    width = tile if _WIDE else TILES[0]  # as many sums as there are registers for
     vector = _vector(width)
 
     @intrinsic
@@ -651,7 +662,7 @@ def _compiled() -> Any:
     """Compile for this machine, which takes seconds, or load what was compiled before."""
     try:
         return cfunc("int64(int64)", cache=True)(_handle)
-    except RuntimeError:  # nowhere to write to
+    except (RuntimeError, OSError):  # nowhere to write to
         return cfunc("int64(int64)")(_handle)
 
 

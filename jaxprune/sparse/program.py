@@ -197,9 +197,9 @@ class Program(NamedTuple):
             members, bias, relu = [i], None, False
             at, name, other = follower(eqns[i].outvars[0])
             if name == "add" and isinstance(other, Var) and other in value and not swapped:
-                rows = value[other].reshape(-1, matrix.shape[1])
-                if (rows == rows[:1]).all():
-                    members, bias = [*members, at], rows[0]
+                bias = _bias(value[other], eqns[i].outvars[0].aval.shape, free)
+                if bias is not None:
+                    members = [*members, at]
                     at, name, other = follower(eqns[at].outvars[0])
             if name == "max" and isinstance(other, Literal) and not np.any(other.val):
                 members, relu = [*members, at], True
@@ -286,6 +286,16 @@ def _inline(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]
             outs = bind(eqn, values, eqn.params)
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(x) for x in jaxpr.outvars]
+
+
+def _bias(added: np.ndarray, shape: tuple[int, ...], free: tuple[int, ...]) -> np.ndarray | None:
+    """Return what is added to each row of a result; None if it differs, or is of more rows."""
+    if np.broadcast_shapes(added.shape, shape) != shape:
+        return None
+    added = added.reshape((1,) * (len(shape) - added.ndim) + added.shape)
+    leading = added.shape[: len(shape) - len(free)]
+    rows = np.broadcast_to(added, (*leading, *free)).reshape(math.prod(leading), math.prod(free))
+    return rows[0] if len(rows) and (rows == rows[0]).all() else None
 
 
 def chains(products: Sequence[Product]) -> list[Chain]:

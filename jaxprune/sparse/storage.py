@@ -6,11 +6,10 @@ of the file with.
 The file is a safetensors container with a tensor of bytes for each leaf: streams of `codec`, each
 after its length. Its only metadata, `jaxprune`, is JSON: the containers of the tree, what each
 leaf is, and the SHA-256 of the file with zeros in the digest's place. A file has at least one byte
-for 4096 of the arrays in it (zeros fill it up): what a damaged or hostile one can make its reader
-allocate is bounded by its own size, and checked before anything is allocated.
+for 1024 of the arrays in it (zeros fill it up): what a damaged or hostile one can make its reader
+allocate is bounded by some 3 kB for each of its bytes, and checked before anything is allocated.
 """
 
-import contextlib
 import hashlib
 import json
 import math
@@ -26,7 +25,7 @@ import safetensors
 import safetensors.numpy
 import zstandard
 
-from jaxprune import trees
+from jaxprune import files, trees
 from jaxprune.masks import check_masks
 from jaxprune.sparse import codec
 from jaxprune.sparsity import check_choice
@@ -37,7 +36,7 @@ Values = Literal["float32", "float16", "int8", "codebook4", "codebook5", "codebo
 
 _VERSION = 1
 _NO_DIGEST = "0" * 64
-_EXPANSION = 4096
+_EXPANSION = 1024
 _ROUNDS = 100  # of k-means; the more, the more even the clusters, which takes more bits to code
 
 
@@ -101,7 +100,7 @@ def save_sparse(
         tensors["fill"] = np.zeros(fill, np.uint8)
     header = {"version": _VERSION, "sha256": _NO_DIGEST, "tree": tree, "leaves": leaves}
     raw = safetensors.numpy.save(tensors, {"jaxprune": json.dumps(header, separators=(",", ":"))})
-    _replace(path, raw.replace(_NO_DIGEST.encode(), hashlib.sha256(raw).hexdigest().encode(), 1))
+    files.write(path, raw.replace(_NO_DIGEST.encode(), hashlib.sha256(raw).hexdigest().encode(), 1))
 
 
 def load_sparse(path: Path | str) -> tuple[Params, Masks]:
@@ -126,11 +125,11 @@ def load_sparse(path: Path | str) -> tuple[Params, Masks]:
     path = Path(path)
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is not a file")
-    raw = path.read_bytes()
     try:
-        return _decode(raw)
+        return _decode(_read(path))
     except _DAMAGE as error:
-        raise ValueError(f"{path} is not a whole file of a sparse network: {error}") from error
+        told = str(error) if isinstance(error, _TOLD) else "it is damaged"
+        raise ValueError(f"{path} is not a whole file of a sparse network: {told}") from error
 
 
 def lossless_bound(masks: Masks) -> float:
@@ -166,20 +165,22 @@ def _encode_leaf(
         streams += [classes, bits]
     if values != "float32" and not np.isfinite(weights).all():
         raise ValueError(f"leaf {name!r} has kept weights that are not finite: use float32")
-    if values == "float16" and array.dtype.itemsize > 2:
-        with np.errstate(over="ignore"):
-            weights = weights.astype(np.float16)
-        if not np.isfinite(weights).all():
-            raise ValueError(f"leaf {name!r} has weights above 65504, too large for float16")
-    elif values == "int8":
-        wide = np.where(mask, array, array.dtype.type(0)).astype(_wide(array.dtype))
-        scales = np.abs(wide).reshape(-1, mask.shape[-1]).max(axis=0) / 127
-        divisors = np.broadcast_to(np.where(scales > 0, scales, 1), mask.shape)[mask]
-        weights = np.clip(np.rint(wide[mask] / divisors), -127, 127).astype(np.int8)
-        streams += _to_planes(scales)
-    elif values.startswith("codebook"):
-        centroids, weights = _cluster(weights, 2 ** int(values[-1]))
-        streams += [centroids.size.to_bytes(1), *_to_planes(centroids)]
+    with np.errstate(over="ignore", invalid="ignore"):
+        largest = weights
+        if values == "float16" and array.dtype.itemsize > 2:
+            largest = weights = weights.astype(np.float16)
+        elif values == "int8":
+            wide = np.where(mask, array, array.dtype.type(0)).astype(_wide(array.dtype))
+            scales = np.abs(wide).reshape(-1, mask.shape[-1]).max(axis=0) / 127
+            divisors = np.broadcast_to(np.where(scales > 0, scales, 1), mask.shape)[mask]
+            weights = np.clip(np.rint(wide[mask] / divisors), -127, 127).astype(np.int8)
+            largest = 127 * scales
+            streams += _to_planes(scales)
+        elif values.startswith("codebook"):
+            largest, weights = _cluster(weights, 2 ** int(values[-1]))
+            streams += [largest.size.to_bytes(1), *_to_planes(largest)]
+    if values != "float32" and not np.isfinite(largest).all():
+        raise ValueError(f"leaf {name!r} has weights that are too large for {values}")
     entry = {"dtype": array.dtype.name, "shape": array.shape, "kept": kept, "values": values}
     streams += _to_planes(weights)
     return entry, b"".join(len(stream).to_bytes(8, "little") + stream for stream in streams)
@@ -217,6 +218,20 @@ def _decode_leaf(entry: Any, data: bytes) -> tuple[np.ndarray, np.ndarray]:
     return array, mask
 
 
+def _read(path: Path) -> bytes:
+    """Read a file of as many bytes as its header says, or a few of another."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(first := file.read(8), "little")
+        if not 0 < length <= size - 8:
+            raise ValueError("it has no header")
+        tensors = json.loads(header := file.read(length))
+        ends = [e["data_offsets"][1] for name, e in tensors.items() if name != "__metadata__"]
+        if size != 8 + length + max(ends, default=0):
+            raise ValueError("it has another size than its header says")
+        return first + header + file.read(size - 8 - length)
+
+
 def _decode(raw: bytes) -> tuple[Params, Masks]:
     """Read a whole file; of what it says nothing is trusted."""
     tensors = {name.partition(" ")[0]: tensor for name, tensor in safetensors.deserialize(raw)}
@@ -225,7 +240,7 @@ def _decode(raw: bytes) -> tuple[Params, Masks]:
         raise ValueError("it has no metadata `jaxprune`")
     header = json.loads(text)
     if header["version"] != _VERSION:
-        raise ValueError(f"its format is {header['version']}, and {_VERSION} can be read")
+        raise ValueError(f"its format is {header['version']!r:.20}, and {_VERSION} can be read")
     digest = header["sha256"].encode()
     if hashlib.sha256(raw.replace(digest, _NO_DIGEST.encode(), 1)).hexdigest().encode() != digest:
         raise ValueError("its SHA-256 is not that of what was saved")
@@ -253,6 +268,7 @@ _DAMAGE = (
     ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError,
     MemoryError, StopIteration, Warning, safetensors.SafetensorError, zstandard.ZstdError,
 )  # fmt: skip
+_TOLD = ValueError, safetensors.SafetensorError, zstandard.ZstdError  # others say nothing of files
 
 
 def _to_array(name: str, leaf: Any) -> np.ndarray:
@@ -332,24 +348,3 @@ def _split(data: bytes) -> Iterator[bytes]:
         end = start + 8 + int.from_bytes(data[start : start + 8], "little")
         yield data[start + 8 : end]
         start = end
-
-
-def _replace(path: Path, raw: bytes) -> None:
-    """Write a file under another name, to disk, and rename it; an error leaves nothing."""
-    staged = path.with_name(f"{path.name}.tmp")
-    try:
-        with staged.open("wb") as file:
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        with contextlib.suppress(OSError):
-            staged.unlink()

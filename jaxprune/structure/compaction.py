@@ -30,6 +30,7 @@ class Compaction:
         masks: their masks, where units stay that have masked weights.
         signature: networks of one `apply` and one signature are the same function of their
             parameters, so that what was compiled for one serves the others.
+        emptied: names of the groups without any effect, of which one unit is kept, as zeros.
     """
 
     def __init__(self, apply: Apply, params: Params, masks: Masks, x: Any, *, fold: bool):
@@ -48,12 +49,7 @@ class Compaction:
             if not (fold and fold_constants(program, leaves, self._masks, facts, keep)):
                 break
         self._program_kept = program, keep
-        for atom in emptied:
-            warnings.warn(
-                f"every unit of {groups_of(program)[atom].name!r} is without effect; one is kept, "
-                "as zeros",
-                stacklevel=4,
-            )
+        self.emptied = [groups_of(program)[atom].name for atom in emptied]
         self._kept = {
             path: tuple(ax.kept(axis, keep) for axis in axes)
             for path, axes in zip(program.paths, program.axes, strict=True)
@@ -190,7 +186,7 @@ def compaction(
         The smaller `params`, their `apply`, the `widths`, and `shrink` and `expand` for optimizer
         state and whatever else has the shapes of the parameters.
     """
-    return Compaction(apply, params, masks, x, fold=fold)
+    return _planned(apply, params, masks, x, fold)
 
 
 def compact(apply: Apply, params: Params, masks: Masks, x: Any) -> tuple[Params, Apply]:
@@ -223,8 +219,16 @@ def compact(apply: Apply, params: Params, masks: Masks, x: Any) -> tuple[Params,
         >>> small["hidden"].shape, small["logits"].shape, small_apply(small, jnp.ones((1, 4)))
         ((4, 2), (2, 2), Array([[8., 8.]], dtype=float32))
     """
-    plan = compaction(apply, params, masks, x)
+    plan = _planned(apply, params, masks, x, True)
     return plan.params, plan.apply
+
+
+def _planned(apply: Apply, params: Params, masks: Masks, x: Any, fold: bool) -> Compaction:
+    plan = Compaction(apply, params, masks, x, fold=fold)
+    for name in plan.emptied:
+        message = f"every unit of {name!r} is without effect; one is kept, as zeros"
+        warnings.warn(message, stacklevel=3)
+    return plan
 
 
 def _removable(
@@ -251,7 +255,7 @@ def _removable(
         sites = program.interpret(facts)
         changed = False
         for atom, matter in sites.matter.items():
-            if atom.reason is not None or atom not in of_leaves:
+            if atom.reason is not None or atom not in of_leaves or not atom.size:
                 continue
             new = matter & keep.get(atom, True)
             if within is not None:

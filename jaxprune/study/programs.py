@@ -4,7 +4,6 @@ All levels run in one program, under masks; or each as the smaller network that 
 """
 
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -118,10 +117,8 @@ class Programs:
         each = [
             jax.tree.map(lambda a, i=i: a[i], host) for i in range(len(jax.tree.leaves(masks)[0]))
         ]
-        with warnings.catch_warnings():
-            # A sweep warns of it itself, once.
-            warnings.filterwarnings("ignore", "every unit of .* is without effect")
-            networks = [structure.compaction(self._apply, p, m, x, fold=fold) for p, m in each]
+        # Without a warning of units without effect: a sweep warns of it itself, once.
+        networks = [structure.Compaction(self._apply, p, m, x, fold=fold) for p, m in each]
         return Smaller(networks, self)
 
     def of_widths(self, network: structure.Compaction) -> tuple[Program, Program]:

@@ -20,7 +20,6 @@ from jaxprune import __version__, checkpoints, results
 from jaxprune.results import Row
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-_FIRST = ("lock", "config.json.tmp")  # all that a call killed at its start leaves
 
 
 class Record:
@@ -57,7 +56,9 @@ class Record:
         }  # fmt: skip
         if folder is None:
             return
-        foreign = folder.exists() and any(path.name not in _FIRST for path in folder.iterdir())
+        inside = [*folder.iterdir()] if folder.exists() else []
+        # A call that was killed at its start leaves the others.
+        foreign = any(path.name != "lock" and path.suffix != ".tmp" for path in inside)
         if foreign and not (folder / "config.json").exists():
             raise ValueError(f"{folder} is not empty and holds no run: give another --run-dir")
         folder.mkdir(parents=True, exist_ok=True)
@@ -78,6 +79,8 @@ class Record:
         if (folder / "config.json").exists():
             self._adopt(results.read_config(folder / "config.json"))
         self.save_config()
+        for path in folder.glob(".*.tmp"):
+            path.unlink()
         for path in (folder / "checkpoints").glob("*/*.tmp"):
             shutil.rmtree(path, ignore_errors=True)
         log = folder / "results.jsonl"
