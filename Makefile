@@ -67,7 +67,8 @@ benchmark: .venv/stamp .venv-torch/stamp data ## speed against PyTorch, in an en
 
 inference: .venv/stamp .venv-torch/stamp data ## milliseconds and bytes of the networks of RUN=runs/fashion_mnist-quick
 	@torch=; [ ! -e .venv-torch/stamp ] || torch='--torch .venv-torch/bin/python'; \
-	.venv/bin/python experiments/inference_speed.py $$torch --out figures/inference.json \
+	.venv/bin/python experiments/inference_speed.py $$torch \
+		$(if $(findstring quick,$(ARGS)),,--out figures/inference.json) \
 		$(if $(filter file,$(origin RUN)),runs/fashion_mnist-quick,$(RUN)) $(ARGS)
 
 data: .venv/stamp # where Debian has the data as a package; elsewhere the program gets it

@@ -30,6 +30,7 @@ import numpy as np
 from experiments.benchmark import CORES, Ask, aligned, clock, cpu_name, matmul, spread, torch_worker
 from jaxprune import compile_sparse, data, load_run, load_sparse, models, save_sparse
 from jaxprune.evaluate import evaluate_levels
+from jaxprune.figures.costs import crossover
 from jaxprune.masks import apply_masks
 from jaxprune.results import Run
 from jaxprune.sparse import Values, lossless_bound
@@ -39,14 +40,17 @@ QUICK_LEVELS = (0, 50, 80, 90, 95, 99)
 CALLS = 35  # of a measurement, fewer where they take longer than
 SECONDS = 2.0
 BURST = 7
-# Times as fast as dense, by method, batch and level; and GFLOP/s of kept multiply-adds.
+# Times as fast as dense, by method, batch and level.
 GOALS = {
     **{("weight", batch, level): goal for batch in (256, 2048)
        for level, goal in {80: 1.7, 90: 3.5, 95: 6.5, 99: 18}.items()},
     ("weight", 1, 95): 1.5,
     ("weight", 1, 99): 5,
 }  # fmt: skip
-RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
+# GFLOP/s of kept multiply-adds.
+RATES = {("weight", batch, level): 40 for batch in (256, 2048) for level in (80, 90, 95)}
+LATEST = 70  # the level in percent of the crossover
+RAPL = Path("/sys/class/powercap/intel-rapl:0")
 
 
 class Pruned(NamedTuple):
@@ -214,32 +218,67 @@ def files(
     return rows
 
 
-def energy(f: Callable[[], Any], calls: int) -> float | None:
-    """Return the joules of a call of the processor's package; None where nothing reports them."""
+def rapl(name: str) -> int:
+    """Return a number of the first processor's package; 0 where it may not be read."""
     try:
-        before = int(RAPL.read_text())
-        for _ in range(calls):
-            f()
-        return (int(RAPL.read_text()) - before) / 1e6 / calls
+        return int((RAPL / name).read_text())
     except (OSError, ValueError):
+        return 0
+
+
+def energy(f: Callable[[], Any]) -> float | None:
+    """Return the joules of a call, one that is not the first; None where nothing reports them."""
+    f()
+    before, calls, started = rapl("energy_uj"), 0, time.perf_counter()
+    while not calls or time.perf_counter() - started < SECONDS:
+        f()
+        calls += 1
+    used = rapl("energy_uj") - before
+    if used < 0:  # the counter started again from zero
+        used += rapl("max_energy_range_uj")
+    return used / 1e6 / calls if used > 0 else None
+
+
+def measure_energy(pruned: Pruned, apply: Any, images: np.ndarray) -> dict[str, float] | None:
+    """Return the joules of a call at batch 256, ours and dense; None where nothing reports them."""
+    x = jnp.asarray(np.resize(images, (256, images.shape[1])))
+    dense, params = jax.jit(apply), jax.tree.map(jnp.asarray, pruned.params)
+    fast = compile_sparse(apply, pruned.params, pruned.masks, x)
+    ours = energy(lambda: jax.block_until_ready(fast(x)))
+    beside = energy(lambda: jax.block_until_ready(dense(params, x)))
+    if ours is None or beside is None:
         return None
+    return {"level": pruned.level, "ours": ours, "dense": beside}
+
+
+def gflops(row: dict[str, Any]) -> float:
+    """Return the GFLOP/s of the kept multiply-adds, by the median."""
+    return 2 * row["kept"] * row["batch"] / median(row["seconds"]["ours"]) / 1e9
+
+
+def coding_rate(rows: Sequence[dict[str, Any]], field: str) -> float:
+    """Return the MB of dense weights a second of `saving` or `loading`, the median of files."""
+    return median(row["dense"] / row[field] for row in rows) / 1e6
 
 
 def speed_table(rows: Sequence[dict[str, Any]]) -> str:
     """Return a line a network and batch size: milliseconds, and how many times as fast as dense."""
     names = ["ours", "xla", "numpy", "torch", "torch_csr"]
-    cells = [["", "batch", *names, "times as fast", "range of half", "sparse",
-              "compiled in s", "goal", "met"]]  # fmt: skip
+    cells = [["", "batch", *names, "times as fast", "range of half", "goal", "met",
+              "GFLOP/s kept", "goal", "met", "sparse", "compiled in s"]]  # fmt: skip
     for row in rows:
         middle = {n: f"{1e3 * median(row['seconds'][n]):.3f}" if n in row["seconds"] else "-"
                   for n in names}  # fmt: skip
         low, ratio, high = np.quantile(row["ratios"], (0.25, 0.5, 0.75))
-        goal = GOALS.get((row["method"], row["batch"], row["level"]))
+        key = row["method"], row["batch"], row["level"]
+        goals = [
+            ("-", "-") if goal is None else (f"{goal:g}", "yes" if figure >= goal else "no")
+            for figure, goal in ((ratio, GOALS.get(key)), (gflops(row), RATES.get(key)))
+        ]
         cells.append([
             f"{row['method']} {row['level']:g}%", str(row["batch"]), *middle.values(),
-            f"{ratio:.2f}", f"{low:.2f}-{high:.2f}", f"{row['sparse']} of {row['products']}",
-            f"{row['compiling']:.1f}",
-            *(("-", "-") if goal is None else (f"{goal:g}", "yes" if ratio >= goal else "no")),
+            f"{ratio:.2f}", f"{low:.2f}-{high:.2f}", *goals[0], f"{gflops(row):.1f}", *goals[1],
+            f"{row['sparse']} of {row['products']}", f"{row['compiling']:.1f}",
         ])  # fmt: skip
     return aligned(cells, str.rjust)
 
@@ -257,8 +296,7 @@ def file_table(rows: Sequence[dict[str, Any]]) -> str:
             f"{level:g}", values, f"{mean['bytes']:,.0f}", f"{mean['bytes'] / mean['bound']:.3f}",
             f"{here[0]['dense'] / mean['bytes']:.1f}", f"{100 * mean['accuracy']:.2f}",
             f"{100 * change:+.2f}",
-            *(f"{median(r['dense'] / r[k] for r in here) / 1e6:.0f}"
-              for k in ("saving", "loading")),
+            *(f"{coding_rate(here, field):.0f}" for field in ("saving", "loading")),
         ])  # fmt: skip
     return aligned(cells, str.rjust)
 
@@ -270,8 +308,14 @@ def measure(
     """Measure everything, print it, and return all numbers; of the other runs the files alone."""
     settings = run.config["settings"]
     seeds = sorted({row.seed for row in run.rows})
-    found = [level for level in settings["levels"] if not quick or level in QUICK_LEVELS]
-    found = found if levels is None else [level for level in found if level in levels]
+    wanted = levels or (QUICK_LEVELS if quick else settings["levels"])
+    found = [level for level in settings["levels"] if level in wanted]
+    if not found or not set(levels or ()) <= set(found):
+        given = "--levels" if levels else "--preset quick"
+        raise ValueError(
+            f"{given}: {run.path} has the levels {' '.join(f'{n:g}' for n in settings['levels'])}, "
+            f"not {' '.join(f'{level:g}' for level in wanted if level not in found)}"
+        )
     every: tuple[Values, ...] = ("float32", "codebook5") if quick else get_args(Values)
     _, apply = models.mlp(
         loaded.train.x.shape[1], settings["hidden_sizes"], int(loaded.train.y.max()) + 1
@@ -291,19 +335,21 @@ def measure(
     for other in others:
         new = [level for level in other.config["settings"]["levels"] if level not in found]
         sizes += files(other, apply, loaded, seeds[:1] if quick else seeds, new, every)
-    x = jnp.asarray(loaded.test.x[:256])
-    params = run.network("trained", "weight", seeds[0], found[0]).params
-    dense = jax.jit(apply)
-    joules = energy(lambda: jax.block_until_ready(dense(params, x)), 100)
+    last = [p for p in networks(run, seeds[:1], [max(found)]) if p.method == "weight"]
+    joules = measure_energy(last[0], apply, loaded.test.x) if last and rapl("energy_uj") else None
     versions |= {"jax": jax.__version__, "numpy": np.__version__, "python": sys.version.split()[0]}
     device = f"{CORES} cores of {cpu_name()}, load {load:.1f} at the start"
     print(device, ", ".join(f"{name} {number}" for name, number in versions.items()), sep="\n")
     print(f"matmul, float32 2000^3: {spread(rates, 'GFLOP/s')}\n")
     print(f"milliseconds, medians; {run.path}, trained, seed {seeds[0]}\n{speed_table(speed)}\n")
+    at = crossover([r for r in speed if (r["method"], r["batch"]) == ("weight", 256)])
+    print(f"crossover, 3% faster at batch 256: {'none' if at is None else f'weight {at:g}%'}"
+          f" (goal: {LATEST}% at the latest)\n")  # fmt: skip
     sizes.sort(key=lambda row: row["level"])
     print(f"files of weight-pruned networks\n{file_table(sizes)}\n")
     print("energy: the machine does not report it (RAPL)" if joules is None
-          else f"energy: {joules:.3f} J a call of the dense network, batch 256")  # fmt: skip
+          else f"energy of a call, weight {joules['level']:g}%, batch 256: "
+               f"{1e3 * joules['ours']:.3g} mJ, dense {1e3 * joules['dense']:.3g} mJ")  # fmt: skip
     if python is None:
         print("PyTorch was not measured; `make inference` does, or --torch PYTHON that has it")
     return {

@@ -9,10 +9,13 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import fmean, median, quantiles
+from typing import Any
 
+from experiments.inference_speed import GOALS, LATEST, RATES, coding_rate, gflops
+from jaxprune.figures.costs import crossover
 from jaxprune.results import Row, mean_interval, read_csv, table
 
 # Accuracy in percent on Fashion-MNIST, one-shot, one seed each, at 0 25 50 60 70 80 90 95 97 99%.
@@ -123,32 +126,24 @@ def claims(rows: Sequence[Row], timed: dict, pruned: dict) -> str:
         rows = [row for row in timed["rows"] if row["name"].startswith(name)]
         return ", ".join(f"{median(row['ratios']):.1f}" for row in rows)
 
-    def sparse(batch: int) -> str:
-        here = {
-            r["level"]: r for r in pruned["speed"] if (r["method"], r["batch"]) == ("weight", batch)
-        }
-        return ", ".join(f"{median(here[level]['ratios']):.1f}" for level in (80, 90, 95, 99))
-
-    def memory() -> str:
-        here = {
-            r["level"]: r for r in pruned["speed"] if (r["method"], r["batch"]) == ("weight", 1)
-        }
-        return ", ".join(
-            f"{here[level]['dense_bytes'] / here[level]['bytes']:.1f}" for level in (80, 90, 95, 99)
-        )
-
-    def smaller(values: str) -> str:
-        def ratio(level: float) -> float:
-            here = [r for r in pruned["files"] if (r["level"], r["values"]) == (level, values)]
-            return here[0]["dense"] * len(here) / sum(row["bytes"] for row in here)
-
+    def listed(ratio: Callable[[float], float]) -> str:
         return ", ".join(f"{ratio(level):.1f}" for level in (80, 90, 95, 99))
 
-    power = (
-        "Its energy is in the table's run."
-        if pruned["joules"]
-        else ("The machine does not report its energy, which was not measured.")
-    )
+    def sparse(batch: int) -> str:
+        here = by_weight(pruned, batch)
+        return listed(lambda level: median(here[level]["ratios"]))
+
+    def smaller(values: str) -> str:
+        return listed(lambda level: files[level, values]["dense"] / files[level, values]["bytes"])
+
+    files, single, joules = files_of(pruned), by_weight(pruned, 1), pruned["joules"]
+    memory = listed(lambda level: single[level]["dense_bytes"] / single[level]["bytes"])
+    power = "Energy is not reported on this machine (no RAPL to be read), so it was not measured."
+    if joules:
+        power = (
+            f"A call at batch 256 takes {1e3 * joules['ours']:.3g} mJ of the processor at "
+            f"{joules['level']:g}% by weight,\n  and {1e3 * joules['dense']:.3g} mJ dense (RAPL)."
+        )
     return f"""\
 - *Weight pruning beats unit pruning.* Weight less unit accuracy at 70, 80, 90, 95%, in points:
   one-shot {gaps("one_shot")}; trained {gaps("trained")}. At nearly equal size, 90% of the weights
@@ -170,7 +165,10 @@ def claims(rows: Sequence[Row], timed: dict, pruned: dict) -> str:
   of its weights are {smaller("float32")} times smaller than dense
   at 80, 90, 95, 99% without any loss, and {smaller("codebook5")} times with 32 values a layer.
 - *Sparse models need less memory and power.* At batch 1 the compiled network needs
-  {memory()} times fewer bytes at 80, 90, 95, 99% by weight. {power}
+  {memory} times fewer bytes at 80, 90, 95, 99% by weight. Counted are weights,
+  inputs, results and buffers, and of the compiled network the kept weights once more, which it
+  holds for other shapes of inputs. To compile for a new shape, it needs memory for the dense
+  weights for a moment. {power}
 - *Loss tells more than accuracy.* Only once its two parts are told apart, confidence, which a
   temperature mends, and the rest. One-shot by weight, from 0 to 70%: accuracy
   {at("one_shot", "weight", 0)} to {at("one_shot", "weight", 70)}%, loss
@@ -243,6 +241,12 @@ def resnet_table(found: dict) -> str:
     )
 
 
+def by_weight(found: dict, batch: int) -> dict[float, dict[str, Any]]:
+    """Return the rows of weight-pruned networks at a batch size, by level."""
+    rows = [r for r in found["speed"] if (r["method"], r["batch"]) == ("weight", batch)]
+    return {row["level"]: row for row in rows}
+
+
 def inference_table(found: dict) -> str:
     """Return how many times as fast as dense pruned networks are, a line a level."""
     batches = sorted({row["batch"] for row in found["speed"]})
@@ -267,14 +271,33 @@ def inference_table(found: dict) -> str:
             lines.append(f"| {' | '.join(cells)} |")
     rates = found["rates"]
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    calls = sorted({len(row["seconds"]["ours"]) for row in found["speed"]})
+    kept = [
+        f"{', '.join(f'{gflops(row):.0f}' for row in here.values())} GFLOP/s at "
+        f"{', '.join(f'{level:g}' for level in here)}% by weight, batch {batch}"
+        for batch in (256, 2048)
+        if (
+            here := {
+                k: r for k, r in by_weight(found, batch).items() if ("weight", batch, k) in RATES
+            }
+        )
+    ]
+    at = crossover([*by_weight(found, 256).values()])
     return "\n".join(
         [
             f"{found['device']}; {versions}; matmul of 2000³ {median(rates) / 1e9:.0f} GFLOP/s "
-            f"({min(rates) / 1e9:.0f}–{max(rates) / 1e9:.0f}). Medians of 35 calls in turns "
-            "with dense; in brackets the quartiles. Bytes needed are of weights, inputs and "
-            f"buffers at batch {max(batches)}.",
+            f"({min(rates) / 1e9:.0f}–{max(rates) / 1e9:.0f}). Medians of "
+            f"{' to '.join(map(str, dict.fromkeys((calls[0], calls[-1]))))} calls in turns with "
+            "dense; in brackets the quartiles. Bytes needed are of weights, inputs, results and "
+            "buffers, and of what is compiled the kept weights once more, at batch "
+            f"{max(batches)}.",
             "",
             *lines,
+            "",
+            f"Kept multiply-adds run at {'; at '.join(kept)} (goal: at least "
+            f"{max(RATES.values())}). The crossover at batch 256, the lowest level by weight that "
+            f"is at least 3% faster than dense, is {'none' if at is None else f'{at:g}%'} (goal: "
+            f"{LATEST}% at the latest).",
         ]
     )
 
@@ -283,7 +306,7 @@ def others_table(found: dict) -> str:
     """Return milliseconds beside other ways to run the same networks."""
     names = {"ours": "`compile_sparse`", "xla": "XLA dense", "numpy": "NumPy dense",
              "torch": "PyTorch dense", "torch_csr": "PyTorch CSR"}  # fmt: skip
-    rows = [r for r in found["speed"] if r["method"] == "weight" and r["batch"] == 256]
+    rows = [*by_weight(found, 256).values()]
     lines = ["| batch 256, ms | " + " | ".join(f"{row['level']:g}%" for row in rows) + " |"]
     lines.append("|---" * (len(rows) + 1) + "|")
     for name, text in names.items():
@@ -294,30 +317,90 @@ def others_table(found: dict) -> str:
     return "\n".join(lines)
 
 
+def files_of(found: dict) -> dict[tuple[float, str], dict[str, float]]:
+    """Return what files are, by level and values: means over the seeds, and rates in MB/s."""
+    rows: dict[tuple[float, str], list[dict[str, Any]]] = {}
+    for row in sorted(found["files"], key=lambda row: row["level"]):
+        rows.setdefault((row["level"], row["values"]), []).append(row)
+    fields = ("dense", "bytes", "accuracy", "bound", "bitmap", "csr", "npz", "gzip")
+    return {
+        key: {field: fmean(row[field] for row in here) for field in fields}
+        | {field: coding_rate(here, field) for field in ("saving", "loading")}
+        for key, here in rows.items()
+    }
+
+
 def files_table(found: dict) -> str:
-    """Return the bytes of weight-pruned files and the accuracy of what is read back."""
-    rows = found["files"]
-    levels = sorted({row["level"] for row in rows})
-    seeds = len({row["seed"] for row in rows})
-
-    def mean(level: float, values: str, field: str) -> float:
-        here = [r[field] for r in rows if (r["level"], r["values"]) == (level, values)]
-        return sum(here) / len(here)
-
+    """Return the bytes of weight-pruned files, the accuracy of what is read back, and rates."""
+    files = files_of(found)
+    levels, every = (list(dict.fromkeys(names)) for names in zip(*files, strict=True))
+    seeds = len({row["seed"] for row in found["files"]})
     lines = [f"| mean of {seeds} seeds | " + " | ".join(f"{level:g}%" for level in levels) + " |"]
     lines.append("|---" * (len(levels) + 1) + "|")
     for name, field in {"lossless bound": "bound", "bitmap + float32": "bitmap", "CSR": "csr",
                         "npz": "npz", "gzip": "gzip"}.items():  # fmt: skip
-        cells = [f"{mean(level, 'float32', field) / 1e3:,.0f}" for level in levels]
+        cells = [f"{files[level, 'float32'][field] / 1e3:,.0f}" for level in levels]
         lines.append(f"| {name}, kB | {' | '.join(cells)} |")
-    for values in dict.fromkeys(row["values"] for row in rows):
-        cells = []
-        for level in levels:
-            size, dense = mean(level, values, "bytes"), mean(level, values, "dense")
-            accuracy = 100 * mean(level, values, "accuracy")
-            cells.append(f"{size / 1e3:,.0f} ({dense / size:.1f}×), {accuracy:.2f}%")
+    for values in every:
+        cells = [
+            f"{f['bytes'] / 1e3:,.0f} ({f['dense'] / f['bytes']:.1f}×), {100 * f['accuracy']:.2f}%"
+            for f in (files[level, values] for level in levels)
+        ]
         lines.append(f"| `{values}`, kB, accuracy | {' | '.join(cells)} |")
+    for values in every:
+        cells = [
+            f"{f['saving']:.0f}, {f['loading']:.0f}"
+            for f in (files[level, values] for level in levels)
+        ]
+        lines.append(f"| `{values}`, MB/s saved, loaded | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def goals(found: dict) -> str:
+    """Return the goals that the measured figures miss, a line a goal, or that they reach all."""
+    missed: dict[str, list[str]] = {}
+
+    def check(reached: bool, goal: str, where: str, figure: str) -> None:
+        if not reached:
+            missed.setdefault(goal, []).append(f"{where} ({figure})")
+
+    for row in found["speed"]:
+        key = row["method"], row["batch"], row["level"]
+        where = f"{row['method']} {row['level']:g}% at batch {row['batch']}"
+        _, ratio, high = quantiles(row["ratios"], n=4)
+        if goal := GOALS.get(key):
+            check(ratio >= goal, f"{goal:g} times as fast as dense", where, f"{ratio:.2f}")
+        if goal := RATES.get(key):
+            rate = gflops(row)
+            check(rate >= goal, f"{goal} GFLOP/s of kept multiply-adds", where, f"{rate:.1f}")
+        check(high >= 1, "never slower than dense, by the upper quartile", where, f"{high:.2f}")
+    at = crossover([*by_weight(found, 256).values()])
+    figure = "none" if at is None else f"{at:g}%"
+    check(at is not None and at <= LATEST, f"crossover by {LATEST}%", "at batch 256", figure)
+    files = files_of(found)
+    for level in dict.fromkeys(level for level, _ in files):
+        whole, where = files[level, "float32"], f"{level:g}%"
+        part, limit = whole["bytes"] / whole["bound"], 0.97 if level <= 95 else 1.0
+        if level >= 50:
+            check(part <= limit, f"at most {limit} of the lossless bound", where, f"{part:.3f}")
+        other = whole["bytes"] / min(whole[name] for name in ("bitmap", "csr", "npz", "gzip"))
+        check(other < 1, "smaller than bitmap, CSR, npz and gzip", where, f"{other:.3f} times")
+        if 92 <= level <= 95:
+            times = max(
+                (file["dense"] / file["bytes"] for (k, values), file in files.items()
+                 if k == level and values.startswith("codebook")
+                 and file["accuracy"] >= whole["accuracy"] - 0.002), default=0,
+            )  # fmt: skip
+            goal = "40 times smaller by codebook, within 0.2 points of float32"
+            check(times >= 40, goal, where, f"{times:.1f}")
+    for (level, values), file in files.items():
+        for field in ("saving", "loading"):
+            goal = f"{field} at 100 MB/s of dense weights"
+            check(file[field] >= 100, goal, f"`{values}` {level:g}%", f"{file[field]:.1f}")
+    if not missed:
+        return "These figures reach every goal of the two tables."
+    lines = [f"- {goal}: {', '.join(where)}" for goal, where in missed.items()]
+    return "\n".join(["Goals that these figures miss:", "", *lines])
 
 
 def _seconds(times: Sequence[float]) -> str:
@@ -395,6 +478,7 @@ def blocks(figures: Path) -> dict[str, str]:
         "inference": inference_table(costs),
         "others": others_table(costs),
         "files": files_table(costs),
+        "goals": goals(costs),
         "resnet": resnet_table(json.loads((figures / "resnet.json").read_text())),
     }
 

@@ -396,7 +396,7 @@ def test_what_is_held_is_a_copy(sparse: None) -> None:
     params = mlp_params(20, 30, 5)
     masks = random_masks(params, 0.2)
     expected = mlp(masked_by_hand(params, masks), inputs(9, 20))
-    given = {name: np.array(w) if name == "b0" else jnp.array(w) for name, w in params.items()}
+    given: Any = {n: np.array(w) if n == "b0" else jnp.array(w) for n, w in params.items()}
     fast = jp.compile_sparse(mlp, given, masks, inputs(7, 20))
     given["b0"][:] = 0
     given["b1"].delete()

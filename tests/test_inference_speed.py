@@ -1,5 +1,6 @@
 """The experiment on inference: that it runs and checks what it measures; nothing about time."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from experiments import figures, inference_speed, readme
 from jaxprune import load_run, models
 from jaxprune.data import Data, Split
+from jaxprune.figures.costs import crossover
 from jaxprune.study import run_sweep
 
 LEVELS = (0.0, 80.0, 98.0)
@@ -42,6 +44,7 @@ def test_all_is_measured_and_drawn(
     inference_speed.main([str(run_dir), "--preset", "quick", "--out", str(out)])
     printed = capsys.readouterr().out
     assert "weight 98%" in printed and "codebook5" in printed and "energy" in printed
+    assert "GFLOP/s kept" in printed and "crossover, 3% faster at batch 256: " in printed
     found = json.loads(out.read_text())
     assert [(row["method"], row["level"], row["batch"]) for row in found["speed"]] == [
         (method, level, batch) for method in ("weight", "unit")
@@ -73,6 +76,64 @@ def test_a_network_that_differs_stops_the_run(
     monkeypatch.setattr(inference_speed, "compile_sparse", lambda *_: lambda x: np.ones((1, 10)))
     with pytest.raises(ArithmeticError, match="weight 80%, batch 1: it differs"):
         next(inference_speed.measure_speed(pruned, apply, small.test.x, None, [1]))
+
+
+def test_levels_that_the_run_does_not_have_are_named(
+    small: Data, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(inference_speed.data, "load", lambda name: small)
+    monkeypatch.setattr(inference_speed, "QUICK_LEVELS", (50,))
+    for flags, message in (
+        (["--levels", "33"], "--levels: {} has the levels 0 80 98, not 33"),
+        (["--levels", "98", "33", "80", "7"], "--levels: {} has the levels 0 80 98, not 33 7"),
+        (["--preset", "quick"], "--preset quick: {} has the levels 0 80 98, not 50"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit) as stopped:
+            inference_speed.main([str(run_dir), *flags])
+        assert stopped.value.code == 2
+        assert capsys.readouterr().err == f"inference_speed.py: {message.format(run_dir)}\n"
+
+
+@pytest.mark.parametrize("start", [0, 1_000_000, 5_000_000, 9_999_999])
+def test_joules_are_those_of_the_counter_also_when_it_starts_again(
+    start: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference_speed, "RAPL", tmp_path)
+    monkeypatch.setattr(inference_speed, "SECONDS", 0)
+    counter, limit = tmp_path / "energy_uj", 10_000_000
+
+    def three_joules() -> None:
+        counter.write_text(f"{(int(counter.read_text()) + 3_000_000) % limit}\n")
+
+    (tmp_path / "max_energy_range_uj").write_text(f"{limit}\n")
+    counter.write_text(f"{start}\n")
+    assert inference_speed.energy(three_joules) == pytest.approx(3)
+
+
+def test_energy_is_measured_of_ours_and_dense_or_not_at_all(
+    small: Data, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference_speed, "RAPL", tmp_path)
+    monkeypatch.setattr(inference_speed, "SECONDS", 0)
+    pruned = next(inference_speed.networks(load_run(run_dir), [0], [80.0]))
+    _, apply = models.mlp(784, (64, 100), 10)
+    assert inference_speed.measure_energy(pruned, apply, small.test.x) is None  # no files
+    (tmp_path / "energy_uj").write_text("7\n")  # it stands still
+    assert inference_speed.measure_energy(pruned, apply, small.test.x) is None
+    ticks = itertools.count()
+    monkeypatch.setattr(inference_speed, "rapl", lambda _: next(ticks))
+    found = inference_speed.measure_energy(pruned, apply, small.test.x)
+    assert found == {"level": 80.0, "ours": 1e-6, "dense": 1e-6}
+
+
+def test_rates_and_the_crossover_by_hand() -> None:
+    row = {"kept": 1000, "batch": 256, "seconds": {"ours": [1e-6, 8e-6, 2e-6]}}
+    assert inference_speed.gflops(row) == pytest.approx(256)
+    files = [{"dense": 10e6, "saving": s} for s in (0.1, 0.05, 0.2)]
+    assert inference_speed.coding_rate(files, "saving") == pytest.approx(100)
+    rows = [{"level": level, "ratios": ratios} for level, ratios in
+            {90: [2, 3, 4], 80: [1.0, 1.02, 9], 85: [0.5, 1.04, 1.1]}.items()]  # fmt: skip
+    assert crossover(rows) == 85 and crossover(rows[1:2]) is None
 
 
 def test_bad_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

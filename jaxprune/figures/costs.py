@@ -59,11 +59,21 @@ def widths(before_after: Mapping[str, tuple[int, int]], *, note: str = "") -> Fi
     return fig
 
 
+def crossover(rows: Sequence[Mapping[str, Any]]) -> int | float | None:
+    """Return the lowest level (percent) whose median is 3% faster than dense, None without one.
+
+    Args:
+        rows: of one method and batch size, as `speedups` takes them.
+    """
+    faster = [row["level"] for row in rows if np.median(row["ratios"]) >= CROSSOVER]
+    return min(faster, default=None)
+
+
 @style.context(STYLE, after_reset=True)
 def speedups(rows: Sequence[Mapping[str, Any]], *, note: str = "") -> Figure:
     """Draw how many times as fast as dense pruned networks are, a line a batch size.
 
-    A ring marks the crossover, the lowest level from which a network is 3% faster.
+    A ring marks the `crossover`, the lowest level at which a network is 3% faster.
 
     Args:
         rows: mappings of `method`, `level` (percent), `batch`, `ratios` (the dense network's
@@ -90,9 +100,8 @@ def speedups(rows: Sequence[Mapping[str, Any]], *, note: str = "") -> Figure:
             look = {"color": colors[i], "marker": "os^Dvp"[i % 6]}
             ax.plot(levels, middle, label=f"batch {batch}", **look)
             ax.fill_between(levels, low, high, color=colors[i], alpha=0.2, linewidth=0)
-            crossed = np.flatnonzero(middle >= CROSSOVER)
-            if crossed.size:
-                at = [levels[crossed[0]]], [middle[crossed[0]]]
+            if (first := crossover(line)) is not None:
+                at = [first / 100], [middle[levels.index(first / 100)]]
                 ax.plot(*at, "o", markersize=9, markerfacecolor="none", color=colors[i])
         ideal = {row["level"] / 100: row["dense"] / row["kept"] for row in here if row["kept"]}
         ax.plot([*ideal], [*ideal.values()], color="0.4", linestyle=(0, (4, 2)), label="ideal")

@@ -227,7 +227,7 @@ def _outside(make: Callable[[], Any]) -> Any:
     """Call a function that computes, even while JAX traces: in a thread of its own then."""
     if not isinstance(jnp.zeros(()), Tracer):
         return make()
-    wide = jax.config.jax_enable_x64  # of this thread, which the other one is to have too
+    wide = _wide()  # in this thread; the other one is to have it too
 
     def inside() -> Any:
         with jax.enable_x64(wide):
@@ -237,8 +237,12 @@ def _outside(make: Callable[[], Any]) -> Any:
         return thread.submit(inside).result()
 
 
+def _wide() -> bool:
+    return jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def _key(x: Any) -> Any:
-    wide = jax.config.jax_enable_x64
+    wide = _wide()
     if isinstance(x, jax.Array | np.ndarray):  # what most networks take, in a tenth of the time
         return x.shape, x.dtype, wide
     leaves, structure = jax.tree.flatten(x)

@@ -149,6 +149,8 @@ def _elementwise(call: _Call, ins: list[Facts]) -> list[Facts]:
     shapes = [x.aval.shape for x in call.eqn.invars]
     if any(len(shape) not in (0, len(call.out)) for shape in shapes):
         return _unknown(call, ins)
+    if call.name in ("is_finite", "eq", "ne") and len({*map(id, call.eqn.invars)}) == 1:
+        return _unknown(call, ins)  # asks for NaN, which an index out of range may have given
     found = []
     for i, n in enumerate(call.out):
         # An operand of another size is broadcast along the axis: known whole, or not at all.
@@ -197,8 +199,10 @@ def _evaluate(eqn: Any, columns: list[Known | None], n: int) -> Known | None:
 def _compute(primitive: Any, params: Any, constants: tuple[tuple[np.dtype, bytes], ...]) -> Any:
     """Run an elementwise primitive on constants; the same few recur at every equation."""
     values = [np.frombuffer(content, dtype) for dtype, content in constants]
+    n = values[0].size
+    values = [np.resize(v, 1 << (n - 1).bit_length()) for v in values]  # few sizes to compile
     with jax.ensure_compile_time_eval():
-        return np.asarray(primitive.bind(*values, **dict(params)))
+        return np.asarray(primitive.bind(*values, **dict(params)))[:n]
 
 
 def _distinct(values: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -403,6 +407,34 @@ def _gather(call: _Call, ins: list[Facts]) -> list[Facts]:
     return [Facts(tuple(found))]
 
 
+def _scatter(call: _Call, ins: list[Facts]) -> list[Facts]:
+    found = list(nothing(len(call.out)).axes)
+    if call.name == "scatter" and call.eqn.params["update_jaxpr"] is not None:  # any function
+        return [Facts(tuple(found))]
+    for i, j in trace.whole_windows(call.eqn):
+        known = _common([ins[0].along(i, call.out[i]), ins[2].along(j, call.out[i])])
+        if known is not None and call.name in ("scatter-add", "scatter-sub", "scatter-mul"):
+            known = known[0] & (known[1] == 0), known[1]
+        found[i] = known
+    return [Facts(tuple(found))]
+
+
+def _reordered(call: _Call, ins: list[Facts]) -> list[Facts]:
+    """Keep what is known of the axes whose order stays: values change places along the others."""
+    params = call.eqn.params
+    moved = params["dimensions"] if call.name == "rev" else (params["dimension"],)
+    return [
+        Facts(tuple(None if i in moved else k for i, k in enumerate(facts.axes)), facts.whole)
+        for facts in ins
+    ]
+
+
+def _top_k(call: _Call, ins: list[Facts]) -> list[Facts]:
+    at = call.eqn.params["axis"]
+    axes = tuple(None if i == at else k for i, k in enumerate(ins[0].axes))
+    return [Facts(axes, ins[0].whole), nothing(len(call.out))]
+
+
 def _dynamic_slice(call: _Call, ins: list[Facts]) -> list[Facts]:
     whole = [n == m for n, m in zip(call.shape(0), call.out, strict=True)]
     axes = tuple(k if w else None for k, w in zip(ins[0].axes, whole, strict=True))
@@ -510,6 +542,11 @@ _RULES: dict[str, _Rule] = {
     "dynamic_update_slice": _dynamic_update_slice,
     "gather": _gather,
     "iota": _iota,
+    "rev": _reordered,
+    "sort": _reordered,
+    "top_k": _top_k,
+    "optimization_barrier": lambda call, ins: ins,
+    **dict.fromkeys(trace.SCATTERS, _scatter),
     **dict.fromkeys(trace.REDUCTIONS, _reduce),
     **dict.fromkeys(trace.CUMULATIVE, _cumulative),
     **dict.fromkeys(trace.WINDOWS, _window),

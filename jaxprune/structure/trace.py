@@ -6,8 +6,10 @@ variables, in which axes that must shrink together are one. `exact` and `express
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -33,6 +35,8 @@ WINDOWS = frozenset("reduce_window reduce_window_sum reduce_window_max reduce_wi
 SOURCES = frozenset("iota random_bits".split())  # made whole, then cut to what is kept
 REMAT = frozenset("checkpoint remat remat2".split())
 CALLS = frozenset("jit pjit closed_call core_call".split())
+WRITTEN_OUT = frozenset("stack unstack tile".split())  # followed as the simpler ones they stand for
+SCATTERS = frozenset("scatter scatter-add scatter-sub scatter-mul scatter-min scatter-max".split())
 
 
 @dataclasses.dataclass(eq=False)
@@ -42,19 +46,21 @@ class Node:
     Attributes:
         jaxpr: the program.
         consts: its constants.
-        axes: the axes of its variables.
+        axes: the axes of its variables, and of its literals that are arrays, by their id.
         inner: for the number of an equation that calls programs, their nodes; for a `custom_jvp`
             that of the function and that of its derivative.
     """
 
     jaxpr: Jaxpr
     consts: Sequence[Any]
-    axes: dict[Var, Axes]
+    axes: dict[Any, Axes]
     inner: dict[int, list["Node"]]
 
     def of(self, x: Any) -> Axes:
         """Return the axes of a variable, or of a literal."""
-        return self.axes[x] if not isinstance(x, Literal) else fresh_axes(np.shape(x.val))
+        if isinstance(x, Literal):
+            return self.axes.setdefault(id(x), fresh_axes(np.shape(x.val)))
+        return self.axes[x]
 
     def outputs(self) -> list[Axes]:
         """Return the axes of the results."""
@@ -359,6 +365,35 @@ def _same(eqn: Any, ins: list[Axes]) -> list[Axes]:
     return [ins[0]]
 
 
+def _scatter(eqn: Any, ins: list[Axes]) -> list[Axes]:
+    operand, indices, updates = ins
+    for axis in indices:
+        freeze(axis, "an axis of indices")
+    for i, j in whole_windows(eqn):
+        unify(operand[i], updates[j])
+    for axes, taken in ((operand, 0), (updates, 1)):
+        left = {*range(len(axes))} - {pair[taken] for pair in whole_windows(eqn)}
+        for i in left:
+            freeze(axes[i], "indexed")
+    return [operand]
+
+
+def whole_windows(eqn: Any) -> list[tuple[int, int]]:
+    """Return the axes of a scatter's operand that its updates take in whole, and theirs."""
+    numbers = eqn.params["dimension_numbers"]
+    dropped = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
+    kept = [i for i in range(len(eqn.invars[0].aval.shape)) if i not in dropped]
+    pairs = zip(kept, numbers.update_window_dims, strict=True)
+    return [(i, j) for i, j in pairs if _size(eqn, 0, i) == _size(eqn, 2, j)]
+
+
+def _top_k(eqn: Any, ins: list[Axes]) -> list[Axes]:
+    at, out = eqn.params["axis"], list(ins[0])
+    freeze(out[at], "sorted")
+    out[at] = fresh(eqn.params["k"], "sorted")
+    return [tuple(out), tuple(out)]
+
+
 def _rev(eqn: Any, ins: list[Axes]) -> list[Axes]:
     for i in eqn.params["dimensions"]:
         freeze(ins[0][i], "reversed")
@@ -409,6 +444,9 @@ _RULES: dict[str, Callable[[Any, list[Axes]], list[Axes]]] = {
     "gather": _gather,
     "rev": _rev,
     "sort": _sort,
+    "top_k": _top_k,
+    "optimization_barrier": lambda eqn, ins: ins,
+    **dict.fromkeys(SCATTERS, _scatter),
     **dict.fromkeys(REDUCTIONS, _reduce),
     **dict.fromkeys(CUMULATIVE, _same),
     **dict.fromkeys(WINDOWS, _window),
@@ -416,8 +454,27 @@ _RULES: dict[str, Callable[[Any, list[Axes]], list[Axes]]] = {
 }
 
 
+def _written_out(eqn: Any, *args: Any) -> list[Any]:
+    """Do what a primitive does by simpler ones."""
+    params = eqn.params
+    match eqn.primitive.name:
+        case "stack":
+            args = tuple(jnp.expand_dims(x, params["axis"]) for x in args)
+            return [jax.lax.concatenate(args, params["axis"])]
+        case "unstack":
+            (x,), at = args, params["axis"]
+            return [jnp.squeeze(x, at) for x in jax.lax.split(x, [1] * x.shape[at], at)]
+    (x,), shape = args, args[0].shape  # tile
+    pairs = [n for pair in zip(params["reps"], shape, strict=True) for n in pair]
+    x = jax.lax.broadcast_in_dim(x, pairs, range(1, len(pairs), 2))
+    return [jax.lax.reshape(x, [r * n for r, n in zip(params["reps"], shape, strict=True)])]
+
+
 def closed_call(eqn: Any) -> ClosedJaxpr:
     """Return the program that a call runs."""
+    if eqn.primitive.name in WRITTEN_OUT:
+        abstract = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in eqn.invars]
+        return jax.make_jaxpr(partial(_written_out, eqn))(*abstract)
     jaxpr = eqn.params["call_jaxpr" if "call_jaxpr" in eqn.params else "jaxpr"]
     return jaxpr if isinstance(jaxpr, ClosedJaxpr) else ClosedJaxpr(jaxpr, ())
 
@@ -471,7 +528,7 @@ def _scan(
 
 
 _PROGRAMS: dict[str, Callable[..., Any]] = {
-    **dict.fromkeys([*CALLS, *REMAT], _call),
+    **dict.fromkeys([*CALLS, *REMAT, *WRITTEN_OUT], _call),
     "custom_jvp_call": _custom_jvp,
     "scan": _scan,
 }

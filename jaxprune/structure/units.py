@@ -3,20 +3,20 @@
 A graph and parameters come in; masks of all leaves, as `masks` has them, go out to `compaction`.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxprune import trees
 from jaxprune.masks import unit_norms
-from jaxprune.scores import magnitude
 from jaxprune.select import keep_largest
 from jaxprune.sparsity import check_choice, exact, num_pruned
-from jaxprune.structure.graph import Graph, Group
+from jaxprune.structure.graph import Graph, Group, Member
 from jaxprune.types import Array, Masks, Params, Scores
 
 
@@ -68,11 +68,14 @@ def group_masks(
     if round_to < 1:
         raise ValueError(f"round_to must be at least 1, got {round_to}")
     check_tree(graph, params)
-    scores = magnitude(params) if scores is None else scores
+    scores = params if scores is None else scores  # of which the norm is that of `magnitude`
     trees.check_match("scores", scores, "params", params)
     many = isinstance(sparsity, Sequence) or np.ndim(sparsity) > 0
     targets = [exact(s) for s in (sparsity if many else [sparsity])]
     groups = _selected(graph, prunable)
+    if not groups:
+        message = "no group of the graph can be pruned: print it for the reasons"
+        warnings.warn(message, stacklevel=2)
     of_path = dict(trees.paths_and_leaves(scores))
     worth = [_worth(group, of_path) for group in groups]
     if scope == "global" and groups:
@@ -85,7 +88,7 @@ def group_masks(
         kept = [
             jnp.array([group.size - num_pruned(group.size, s) for s in targets]) for group in groups
         ]
-    masks = {
+    masks: dict[str, Any] = {
         path: np.ones((len(targets), *jnp.shape(leaf)), bool)
         for path, leaf in trees.paths_and_leaves(params)
     }
@@ -95,9 +98,8 @@ def group_masks(
         keep = _keep_largest(units, (group.size - width).astype(jnp.int32))
         for member in group.members:
             if member.path in maskable and (member.role != "consumes" or group.masks_consumers):
-                masks[member.path] = _take_out(
-                    masks[member.path], keep, member.index, axis=member.axis
-                )
+                mask = masks[member.path]
+                masks[member.path] = mask & _along(keep, member, mask.ndim)
     leaves = [jnp.asarray(m if many else m[0]) for m in masks.values()]
     return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
@@ -125,32 +127,23 @@ def _selected(graph: Graph, prunable: Callable[[Group], bool] | None) -> list[Gr
 
 def _worth(group: Group, scores: dict[str, Any]) -> Array:
     """Return the L2 norm of the scores of the weights that enter each unit."""
-    members = [m for m in group.members if "produces" in m.role]
-    places = []
-    for m in members:
-        at = np.argsort(m.index, kind="stable")[np.count_nonzero(m.index < 0) :]
-        places.append(at.reshape(group.size, -1))
-    leaves = [jnp.asarray(scores[m.path]) for m in members]
-    return _norms(leaves, places, axes=tuple(m.axis for m in members))
+    parts = []
+    for m in group.members:
+        if "produces" in m.role:
+            at = np.argsort(m.index, kind="stable")[np.count_nonzero(m.index < 0) :]
+            norms = _norms(jnp.asarray(scores[m.path]), m.axis)
+            parts.append(norms[at.reshape(group.size, -1)])
+    together = jnp.concatenate([part.astype(jnp.result_type(*parts)) for part in parts], axis=1)
+    return together[:, 0] if together.shape[1] == 1 else _norms(together, 0)
 
 
-# Compiled as a whole: one by one, on a first call, their operations would take seconds.
+# Compiled: one by one, on a first call, their operations would take seconds.
+_norms = jax.jit(lambda leaf, axis: unit_norms(jnp.abs(leaf), axis), static_argnums=1)
 _keep_largest = jax.jit(keep_largest)
 
 
-@partial(jax.jit, static_argnames="axes")
-def _norms(leaves: list[Array], places: list[Array], *, axes: tuple[int, ...]) -> Array:
-    """Return the norm of all that lies at the places of a unit, (units, places of one) a leaf."""
-    norms = [unit_norms(leaf, axis) for leaf, axis in zip(leaves, axes, strict=True)]
-    dtype = jnp.result_type(*norms)
-    parts = [norm.astype(dtype)[at] for norm, at in zip(norms, places, strict=True)]
-    return unit_norms(jnp.concatenate(parts, axis=1), 0)
-
-
-@partial(jax.jit, static_argnames="axis")
-def _take_out(mask: Array, keep: Array, index: Array, *, axis: int) -> Array:
-    """Mask an axis of a leaf where the unit of `index`, if any, is not kept; levels come first."""
-    along = keep[:, jnp.maximum(index, 0)] | (index < 0)[None]
-    shape = [1] * mask.ndim
-    shape[0], shape[axis + 1] = along.shape
-    return mask & jnp.broadcast_to(along.reshape(shape), mask.shape)
+def _along(keep: Array, member: Member, ndim: int) -> Any:
+    """Return what is kept along an axis of a leaf, in masks of levels and that leaf's axes."""
+    keep = keep if isinstance(keep, Tracer) else np.asarray(keep)
+    along = keep[:, np.maximum(member.index, 0)] | (member.index < 0)
+    return along.reshape(-1, *(along.shape[1] if i == member.axis else 1 for i in range(ndim - 1)))
