@@ -13,6 +13,7 @@ from compare import check_compact, derivative, masked_by_hand, quietly, with_zer
 
 from jaxprune.structure import Graph, compaction, dependency_graph, group_masks
 
+pytestmark = pytest.mark.filterwarnings("ignore:no group of the graph can be pruned")
 NORMALISED = "LayerNorm|Mixer|ViT|transformer|Flax scan"
 TOLERANCES = {
     name: 5e-5 if any(part in name for part in NORMALISED.split("|")) else 1e-5

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from jaxprune.structure import compaction, dependency_graph, group_masks
 
+pytestmark = pytest.mark.filterwarnings("ignore:no group of the graph can be pruned")
+
 Step = tuple[str, int, int]
 """An operation and two numbers, of which it takes its sizes and variants."""
 
@@ -143,6 +145,21 @@ def run(steps: list[Step], param: Callable[..., Any], x: Any) -> Any:
             fill = (0.0, 0.7)[b % 2]
             order = jnp.arange(1 if a % 2 else 0, x.shape[1] + 1)
             x = jnp.take(x, order, axis=1, mode="fill", fill_value=fill) if x.ndim > 2 else x
+        elif name == "stack" and x.ndim < 4:
+            others = [s for s in saved if s.shape == x.shape] or [jnp.tanh(x)]
+            stacked = jnp.stack([x, others[a % len(others)]], axis=1 + b % x.ndim)
+            first, second = jnp.unstack(jax.lax.optimization_barrier(stacked), axis=1 + b % x.ndim)
+            x = first * second if a % 2 else stacked
+        elif name == "tile" and x.size // x.shape[0] <= 12:
+            at = 1 + a % (x.ndim - 1)
+            x = jnp.tile(x, [2 if i == at else 1 for i in range(x.ndim)])
+        elif name == "scatter":  # of whole units, or at some of them
+            at = jnp.index_exp[:, 1:3] if b % 2 else jnp.index_exp[..., : n - 1]
+            values = along(param(f"{key}_values", n), x[at]) if b % 2 and x.ndim > 2 else 0.5
+            x = getattr(x.at[at], ("set", "add", "multiply", "min", "max")[a % 5])(values)
+        elif name == "reorder":
+            x, at = jnp.sort(x, axis=1 + b % (x.ndim - 1)), 1 + a % (x.ndim - 1)
+            x = jax.lax.top_k(x, min(2, x.shape[at]), axis=at)[0]
         elif name == "convolution" and x.ndim == 3:
             x = convolved(key, a, b, param, x)
         elif name == "scan":
@@ -192,7 +209,7 @@ def scanned(key: str, a: int, b: int, param: Callable[..., Any], x: Any) -> Any:
 NAMES = (
     "dense dense dense tied low_rank elementwise elementwise bias scale constant save join join "
     "flatten unflatten transpose matmul attention reduce norm softmax slice pad split cumulate "
-    "reverse take fill convolution convolution scan"
+    "reverse take fill stack tile scatter reorder convolution convolution scan"
 ).split()
 STEPS = st.lists(
     st.tuples(st.sampled_from(NAMES), st.integers(0, 20), st.integers(0, 11)),

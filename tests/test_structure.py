@@ -169,10 +169,38 @@ def sigmoid() -> Case:
     return Case(apply, params, (5,), 5 * 4 + 4 + 4 * 3)
 
 
+def branches() -> Case:
+    def apply(params: Any, x: Any) -> Any:
+        stacked = jnp.stack([jnp.tanh(x @ params["a"]), jax.nn.relu(x @ params["b"])], 1)
+        first, second = jnp.unstack(jax.lax.optimization_barrier(stacked), axis=1)
+        return (stacked.mean(1) + first * second) @ params["logits"]
+
+    return Case(apply, draw({"a": (5, 8), "b": (5, 8), "logits": (8, 3)}), (5,), 10 * 4 + 4 * 3)
+
+
+def tokens() -> Case:
+    """A class token for every image, grouped heads, and positions that are set and added to."""
+
+    def apply(params: Any, x: Any) -> Any:
+        x = x @ params["patch"]
+        x = jnp.concatenate([jnp.tile(params["class"], (x.shape[0], 1, 1)), x], 1)
+        x = x.at[:, 1:].add(params["position"][None]).at[:, 0].multiply(2).at[:, 3].set(0)
+        q = (x @ params["q"]).reshape(*x.shape[:2], 4, 2)
+        k = jnp.tile((x @ params["k"]).reshape(*x.shape[:2], 2, 2), (1, 1, 2, 1))
+        x = x * jnp.sum(jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k)), (1, 2))[..., None]
+        best, _ = jax.lax.top_k(jnp.swapaxes(jnp.flip(jnp.sort(x, 1), 1), 1, 2), 2)
+        return best.sum(2) @ params["logits"]
+
+    shapes = {"patch": (5, 8), "class": (1, 1, 8), "position": (6, 8), "q": (8, 8), "k": (8, 4),
+              "logits": (8, 3)}  # fmt: skip
+    # The stream loses half, and every head, of queries and of keys, one of its two dimensions.
+    return Case(apply, draw(shapes), (6, 5), 20 + 4 + 24 + 4 * 4 + 4 * 2 + 12)
+
+
 CASES = {
     f.__name__: f
     for f in [mlp, norm_mlp, lenet, residual, attention, fused_attention, dense_block, depthwise,
-              grouped, scanned, sigmoid]
+              grouped, scanned, sigmoid, branches, tokens]
 }  # fmt: skip
 
 
@@ -653,3 +681,118 @@ def test_numbers_among_the_inputs_keep_their_weak_types() -> None:
     masks = group_masks(dependency_graph(apply, params, x), params, 0.5)
     plan = compaction(apply, params, masks, x)
     assert plan.apply(plan.params, x).dtype == apply(params, x).dtype == jnp.bfloat16
+
+
+class Running(nn.Module):
+    """A network whose normalisation keeps running statistics."""
+
+    train: bool
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        x = nn.Conv(8, (3, 3), use_bias=False)(x)
+        return nn.Dense(4)(nn.relu(nn.BatchNorm(not self.train)(x)).mean((1, 2)))
+
+
+def test_running_statistics_shrink_with_their_units() -> None:
+    x = normal(4, 6, 6, 3)
+    variables = Running(False).init(jax.random.key(0), x)
+
+    def apply(variables: Any, x: Any) -> Any:
+        return Running(True).apply(variables, x, mutable=["batch_stats"])
+
+    def state(out: Any) -> Any:
+        return out[1]
+
+    kernel = "params/Conv_0/kernel"
+    assert "output '1/batch_stats/" in str(dependency_graph(apply, variables, x)[kernel].reason)
+    graph = dependency_graph(apply, variables, x, state=state)
+    masks = group_masks(graph, variables, 0.5)
+    plan = compaction(apply, variables, masks, x, fold=False, state=state)
+    masked, params = masked_by_hand(variables, masks), plan.params
+    for _ in range(3):  # steps of training, without the optimizer
+        expected, updated = apply(masked, x)
+        found, smaller = plan.apply(params, x)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+        masked = masked_by_hand({**masked, **updated}, masks)
+        params = {**params, **smaller}
+    assert params["batch_stats"]["BatchNorm_0"]["mean"].shape == (4,)
+    restored = plan.expand(params)["batch_stats"]
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, restored, masked["batch_stats"])
+    with pytest.raises(ValueError, match=r"state has a leaf 'a' of shape \(4, 4\), and params"):
+        dependency_graph(apply, variables, x, state=lambda out: {"a": out[0]})
+
+
+def test_constants_within_the_program() -> None:
+    """JAX may hold arrays as literals."""
+    shift = np.linspace(-1, 1, 8, dtype=np.float32)
+
+    def apply(params: Any, x: Any) -> Any:
+        return (jnp.tanh(x @ params["hidden"]) * shift[None]) @ params["logits"]
+
+    params, x = draw({"hidden": (5, 8), "logits": (8, 3)}), normal(2, 5)
+    jax.config.update("jax_use_simplified_jaxpr_constants", True)
+    try:
+        masks = group_masks(dependency_graph(apply, params, x), params, 0.5)
+        check_values(apply, params, masks, compaction(apply, params, masks, x), x)
+    finally:
+        jax.config.update("jax_use_simplified_jaxpr_constants", False)
+
+
+@pytest.mark.parametrize("unknown", [jnp.isnan, lambda e: ~jnp.isfinite(e), lambda e: e == e])
+def test_nan_as_a_marker(unknown: Any) -> None:
+    """An index out of range gives NaN, which is no less so for a pruned unit."""
+
+    def apply(params: Any, i: Any) -> Any:
+        e = jnp.take(params["table"], i, axis=0)
+        return jnp.where(unknown(e), 1.0, jnp.nan_to_num(e)) @ params["logits"]
+
+    params, i = draw({"table": (5, 8), "logits": (8, 3)}), jnp.array([0, 3, 9])
+    masks = jax.tree.map(lambda w: np.ones(w.shape, bool), params)
+    masks["table"][:, ::2] = False
+    check_values(apply, params, masks, compaction(apply, params, masks, i), i)
+
+
+def test_leaves_without_elements() -> None:
+    def apply(params: Any, x: Any) -> Any:
+        return jnp.tanh(x @ params["a"]) @ params["b"] + (x @ params["c"]) @ params["d"]
+
+    params = draw({"a": (5, 8), "b": (8, 3), "c": (5, 0), "d": (0, 3), "e": (0, 8)})
+    x = normal(7, 5)
+    graph = dependency_graph(apply, params, x)
+    assert [group.name for group in graph.groups if group.prunable] == ["a"]
+    masks = group_masks(graph, params, 0.5)
+    check_values(apply, params, masks, compaction(apply, params, masks, x), x)
+
+
+def test_two_leaves_of_one_path() -> None:
+    params = {"a": {"b": jnp.ones((2, 3))}, "a/b": jnp.ones((2, 3))}
+    with pytest.raises(ValueError, match="two leaves of params have the path 'a/b'"):
+        dependency_graph(lambda p, x: x @ p["a/b"], params, jnp.ones((4, 2)))
+
+
+def test_masks_without_values() -> None:
+    case = mlp()
+    masks = jax.tree.map(lambda w: jnp.ones(w.shape, bool), case.params)
+    with pytest.raises(TypeError, match="mask 'hidden' has no values: compact outside of jit"):
+        jax.jit(lambda m: compaction(case.apply, case.params, m, inputs(case, 2)).params)(masks)
+
+
+def test_optimizer_state_of_other_shapes() -> None:
+    case = mlp()
+    graph = dependency_graph(case.apply, case.params, inputs(case, 2))
+    masks = group_masks(graph, case.params, 0.5)
+    plan = compaction(case.apply, case.params, masks, inputs(case, 2))
+    rows = {"rows": {"hidden": np.ones(5)}, "scale": {"hidden": np.ones(1)}, "other": np.ones(9)}
+    with pytest.warns(UserWarning, match=r"as they are: 'rows/hidden' of shape \(5,\), not") as all:
+        left = plan.shrink(rows)
+    assert len(all) == 1
+    jax.tree.map(np.testing.assert_array_equal, left, rows)
+
+
+def test_nothing_to_prune() -> None:
+    params, x = draw({"w": (5, 3)}), normal(2, 5)
+    graph = dependency_graph(lambda p, x: x @ p["w"], params, x)
+    with pytest.warns(UserWarning, match="no group of the graph can be pruned: print it"):
+        group_masks(graph, params, 0.5)

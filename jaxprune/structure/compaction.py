@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxprune import trees
 from jaxprune.masks import check_masks
@@ -18,7 +19,7 @@ from jaxprune.structure import axes as ax
 from jaxprune.structure.exact import Facts, nothing, zeros_at
 from jaxprune.structure.express import Keep, constant_atoms, evaluate, kept_shape
 from jaxprune.structure.fold import fold_constants
-from jaxprune.structure.graph import Program, groups_of, trace_program
+from jaxprune.structure.graph import Program, State, groups_of, trace_program
 from jaxprune.types import Apply, Masks, Params
 
 
@@ -33,14 +34,19 @@ class Compaction:
         emptied: names of the groups without any effect, of which one unit is kept, as zeros.
     """
 
-    def __init__(self, apply: Apply, params: Params, masks: Masks, x: Any, *, fold: bool):
+    def __init__(
+        self, apply: Apply, params: Params, masks: Masks, x: Any, *, fold: bool, state: State = None
+    ):
         check_masks(masks, params)
-        self._full_apply = apply
+        for path, mask in trees.paths_and_leaves(masks):
+            if isinstance(mask, Tracer):
+                raise TypeError(f"mask {path!r} has no values: compact outside of jit")
+        self._full_apply, self._state = apply, state
         self._tree = jax.tree.structure(params)
         self._masks = [np.array(mask, bool) for mask in jax.tree.leaves(masks)]
         self._programs: dict[Any, tuple[Program, Keep]] = {}
         self._shapes = {path: jnp.shape(leaf) for path, leaf in trees.paths_and_leaves(params)}
-        program = trace_program(apply, params, x)
+        program = trace_program(apply, params, x, state)
         pairs = zip(jax.tree.leaves(params), self._masks, strict=True)
         leaves = [_masked(leaf, mask) for leaf, mask in pairs]
         while True:
@@ -102,8 +108,9 @@ class Compaction:
     def shrink(self, tree: Any) -> Any:
         """Remove the units from parameters, masks, optimizer state, or whatever contains them.
 
-        A leaf is taken for that of the parameters whose path its own path ends with, if it has
-        its shape; all others stay as they are.
+        A leaf is taken for that of the parameters whose path its own path ends with, the longest
+        such. If it has another shape it stays as it is, with a warning where units are lost; so do
+        all others, without.
         """
 
         def cut(path: str, leaf: Any) -> Any:
@@ -137,13 +144,20 @@ class Compaction:
 
         def one(path: Any, leaf: Any) -> Any:
             parts = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-            for start in range(len(parts) + 1):
-                name = "/".join(parts[start:])
-                if name in shapes and jnp.shape(leaf) == shapes[name]:
-                    return f(name, leaf)
+            names = ("/".join(parts[start:]) for start in range(len(parts) + 1))
+            name = next((name for name in names if name in shapes), None)
+            if name is None or jnp.shape(leaf) == shapes[name]:
+                return leaf if name is None else f(name, leaf)
+            if np.size(leaf) > 1 and any(kept is not None for kept in self._kept[name]):
+                others.append(f"{'/'.join(parts)!r} of shape {jnp.shape(leaf)}, not {shapes[name]}")
             return leaf
 
-        return jax.tree.map_with_path(one, tree)
+        others: list[str] = []
+        mapped = jax.tree.map_with_path(one, tree)
+        if others:
+            message = f"leaves that should lose units stay as they are: {'; '.join(others)}"
+            warnings.warn(message, stacklevel=3)
+        return mapped
 
     def _small(self, path: str) -> tuple[int, ...]:
         return tuple(
@@ -157,7 +171,8 @@ class Compaction:
             jax.ShapeDtypeStruct(shape, dtype)
             for shape, dtype in zip(self._shapes.values(), dtypes, strict=True)
         ]
-        program = trace_program(self._full_apply, jax.tree.unflatten(self._tree, abstract), x)
+        params = jax.tree.unflatten(self._tree, abstract)
+        program = trace_program(self._full_apply, params, x, self._state)
         keep, _ = _removable(program, self._masks, list(self._kept.values()))
         for path, axes in zip(program.paths, program.axes, strict=True):
             if kept_shape(axes, keep) != self._small(path):
@@ -170,7 +185,7 @@ class Compaction:
 
 
 def compaction(
-    apply: Apply, params: Params, masks: Masks, x: Any, *, fold: bool = True
+    apply: Apply, params: Params, masks: Masks, x: Any, *, fold: bool = True, state: State = None
 ) -> Compaction:
     """Remove all units that masks leave without effect; see `compact`.
 
@@ -181,15 +196,18 @@ def compaction(
         x: inputs to trace with.
         fold: whether units that have become constants may move into the next bias: the function
             stays, but trains otherwise than the masked network does.
+        state: see `compact`.
 
     Returns:
         The smaller `params`, their `apply`, the `widths`, and `shrink` and `expand` for optimizer
         state and whatever else has the shapes of the parameters.
     """
-    return _planned(apply, params, masks, x, fold)
+    return _planned(apply, params, masks, x, fold, state)
 
 
-def compact(apply: Apply, params: Params, masks: Masks, x: Any) -> tuple[Params, Apply]:
+def compact(
+    apply: Apply, params: Params, masks: Masks, x: Any, *, state: State = None
+) -> tuple[Params, Apply]:
     """Return the parameters without the units that masks leave without effect, and their network.
 
     A unit goes if the masks show that the function stays the same, for all values of the
@@ -202,13 +220,20 @@ def compact(apply: Apply, params: Params, masks: Masks, x: Any) -> tuple[Params,
         params: its parameters.
         masks: the same tree and shapes, bool, True is kept; from `group_masks` or any other.
         x: inputs of the shape to trace with, or their shapes and dtypes; a batch of two or more.
+        state: for a network that returns new values of some of its parameters, as of the running
+            statistics of BatchNorm: a function of what it returns that gives these, in a tree with
+            the paths that they have in `params`. They shrink as those do; all else that a network
+            returns keeps its shape. With Linen's `mutable=["batch_stats"]`, and all variables for
+            `params`, it is `lambda out: out[1]`.
 
     Returns:
         Smaller parameters of the same tree, and a pure function like `apply`, to be used with
         inputs of any shape that `apply` takes.
 
     Raises:
-        ValueError: the trees or a leaf's shapes differ.
+        ValueError: the trees or a leaf's shapes differ, or `state` has leaves that are none of the
+            parameters.
+        TypeError: a mask is not bool, or has no values.
 
     Example:
         >>> def apply(params, x):
@@ -219,12 +244,14 @@ def compact(apply: Apply, params: Params, masks: Masks, x: Any) -> tuple[Params,
         >>> small["hidden"].shape, small["logits"].shape, small_apply(small, jnp.ones((1, 4)))
         ((4, 2), (2, 2), Array([[8., 8.]], dtype=float32))
     """
-    plan = _planned(apply, params, masks, x, True)
+    plan = _planned(apply, params, masks, x, True, state)
     return plan.params, plan.apply
 
 
-def _planned(apply: Apply, params: Params, masks: Masks, x: Any, fold: bool) -> Compaction:
-    plan = Compaction(apply, params, masks, x, fold=fold)
+def _planned(
+    apply: Apply, params: Params, masks: Masks, x: Any, fold: bool, state: State
+) -> Compaction:
+    plan = Compaction(apply, params, masks, x, fold=fold, state=state)
     for name in plan.emptied:
         message = f"every unit of {name!r} is without effect; one is kept, as zeros"
         warnings.warn(message, stacklevel=3)

@@ -5,7 +5,7 @@ units and `compaction` removes them.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -149,12 +149,18 @@ class Program:
                     yield leaf, i, atom, index
 
 
-def trace_program(apply: Apply, params: Params, x: Any) -> Program:
+State = Callable[[Any], Any] | None
+"""Of what a network returns, the new values of leaves of the parameters, with their paths."""
+
+
+def trace_program(apply: Apply, params: Params, x: Any, state: State = None) -> Program:
     """Trace a network and follow its axes."""
     abstract = jax.eval_shape(lambda *args: args, params, x)
     closed, shape = jax.make_jaxpr(apply, return_shape=True)(*abstract)
     paths = [path for path, _ in trees.paths_and_leaves(params)]
     leaves = jax.tree.leaves(abstract[0])
+    if twice := [path for i, path in enumerate(paths) if path in paths[:i]]:
+        raise ValueError(f"two leaves of params have the path {twice[0]!r}: rename a key with a /")
     inputs = [tuple(ax.fresh(n) for n in leaf.shape) for leaf in leaves]
     others = [
         tuple(ax.fresh(n, "it is an axis of the input") for n in leaf.shape)
@@ -164,14 +170,32 @@ def trace_program(apply: Apply, params: Params, x: Any) -> Program:
     uses = Uses()
     closed = ClosedJaxpr(closed.jaxpr, closed.consts)
     node = follow(closed, [*inputs, *others], origins, uses)
-    for axes in node.outputs():
-        for axis in axes:
-            ax.freeze(axis, "it reaches the network's output")
     out_tree = jax.tree.structure(shape)
+    outputs = jax.tree.unflatten(out_tree, range(len(node.outputs())))
+    carried = {i: path for path, i in trees.paths_and_leaves(state(outputs))} if state else {}
+    for i, (name, axes) in enumerate(zip(_output_names(shape), node.outputs(), strict=True)):
+        if i in carried:
+            for a, b in zip(axes, _leaf_of(carried[i], axes, paths, inputs), strict=True):
+                ax.unify(a, b)
+        for axis in () if i in carried else axes:
+            ax.freeze(axis, f"it reaches the network's output{name}")
     return Program(node, paths, leaves, inputs, len(others), out_tree, uses)
 
 
-def dependency_graph(apply: Apply, params: Params, x: Any) -> Graph:
+def _output_names(shape: Any) -> list[str]:
+    """Return what tells each result of a network from the others."""
+    return [f" {path!r}" if path else "" for path, _ in trees.paths_and_leaves(shape)]
+
+
+def _leaf_of(path: str, axes: Axes, paths: list[str], inputs: Sequence[Axes]) -> Axes:
+    """Return the axes of the leaf that a result is the new value of."""
+    sizes = tuple(map(ax.size, axes))
+    if path not in paths or tuple(map(ax.size, inputs[paths.index(path)])) != sizes:
+        raise ValueError(f"state has a leaf {path!r} of shape {sizes}, and params has none")
+    return inputs[paths.index(path)]
+
+
+def dependency_graph(apply: Apply, params: Params, x: Any, *, state: State = None) -> Graph:
     """Return which axes of which leaves of a network must shrink together.
 
     Args:
@@ -179,6 +203,7 @@ def dependency_graph(apply: Apply, params: Params, x: Any) -> Graph:
         params: its parameters, or their shapes and dtypes.
         x: inputs of the shape to trace with, or their shapes and dtypes; a batch of two or more,
             since an axis of one index cannot be told from a broadcast one.
+        state: see `compact`.
 
     Example:
         >>> def apply(params, x):
@@ -189,7 +214,7 @@ def dependency_graph(apply: Apply, params: Params, x: Any) -> Graph:
           hidden  axis 1   produces
           logits  axis 0   consumes
     """
-    program = trace_program(apply, params, x)
+    program = trace_program(apply, params, x, state)
     shapes = {p: leaf.shape for p, leaf in zip(program.paths, program.leaves, strict=True)}
     return Graph(tuple(groups_of(program).values()), shapes)
 
@@ -206,7 +231,7 @@ def groups_of(program: Program) -> dict[Atom, Group]:
         role = " and ".join(sorted(roles.get((leaf, atom), ()), reverse=True)) or "with"
         member = Member(program.paths[leaf], axis, index, role)
         members.setdefault(atom, []).append((leaf, member))
-    members = {a: found for a, found in members.items() if a.reason != KERNEL_WINDOW}
+    members = {a: found for a, found in members.items() if a.reason != KERNEL_WINDOW and a.size}
     reasons, masks_consumers = _prove(program, members)
     names = _names(members)
     ordered = sorted(members, key=lambda atom: _place(members[atom]))

@@ -144,6 +144,6 @@ _keep_largest = jax.jit(keep_largest)
 
 def _along(keep: Array, member: Member, ndim: int) -> Any:
     """Return what is kept along an axis of a leaf, in masks of levels and that leaf's axes."""
-    keep = keep if isinstance(keep, Tracer) else np.asarray(keep)
-    along = keep[:, np.maximum(member.index, 0)] | (member.index < 0)
+    values: Any = keep if isinstance(keep, Tracer) else np.asarray(keep)
+    along = values[:, np.maximum(member.index, 0)] | (member.index < 0)
     return along.reshape(-1, *(along.shape[1] if i == member.axis else 1 for i in range(ndim - 1)))
