@@ -125,8 +125,8 @@ def measure_speed(
             return rows @ kernels[-1]
 
         functions = {
-            "xla": lambda x=x: jax.block_until_ready(dense(params, x)),
-            "ours": lambda x=x, fast=fast: jax.block_until_ready(fast(x)),
+            "xla": lambda x=x: dense(params, x).block_until_ready(),
+            "ours": lambda x=x, fast=fast: fast(x).block_until_ready(),
             "numpy": by_numpy,
         }
         seconds = dict(zip(functions, in_turns([*functions.values()]), strict=True))
@@ -201,20 +201,16 @@ def files(
     every: Sequence[Values],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Return the rows of all files, with the accuracy of what is read back."""
-    rows, read = [], []
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         for pruned in networks(run, seeds, levels):
             if pruned.method == "weight":
-                for row, params in measure_files(pruned, every, Path(folder)):
-                    rows.append(row)
-                    read.append(params)
-    size = len(levels)  # networks scored in one call
-    for i in range(0, len(read), size):
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *read[i : i + size])
-        whole = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), stacked)
-        scores, _ = evaluate_levels(apply, stacked, whole, loaded)
-        for row, accuracy in zip(rows[i : i + size], scores.accuracy, strict=True):
-            row["accuracy"] = float(accuracy)
+                here, read = zip(*measure_files(pruned, every, Path(folder)), strict=True)
+                stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *read)
+                whole = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), stacked)
+                scores, _ = evaluate_levels(apply, stacked, whole, loaded)
+                accuracies = zip(here, scores.accuracy, strict=True)
+                rows += [row | {"accuracy": float(accuracy)} for row, accuracy in accuracies]
     return rows
 
 

@@ -41,6 +41,9 @@ BY_COLUMNS = 0
 BLOCK = {BY_COLUMNS: 64, 16: 6, 64: 6}
 """How many columns a block of a dense layer has, by the rows of a tile."""
 
+UNROLLED = 4
+"""In multiples of how many kept weights the kernel by columns goes through an input's."""
+
 # What a packed chain begins with, in words of eight bytes: how many layers it has, the rows of a
 # tile, the largest width, its size in int32, how many threads are worth it; then of every layer:
 # its sizes, its parts, whether it has a ReLU, whether it is dense, and where its data start.
@@ -320,7 +323,10 @@ def _dense_block(tile: int) -> Any:
 
 @intrinsic
 def _row(context, value, indices, values, count, y):
-    """Add one row: y[indices[k]] += value * values[k]. Indices differ, so that four can be one."""
+    """Add one row: y[indices[k]] += value * values[k], of a count in whole `UNROLLED`.
+
+    Indices differ, but for zeros that fill up, so that several can be loaded before one is stored.
+    """
 
     def generate(context, builder, signature, args):
         factor, indices, values, count, y = args
@@ -338,9 +344,7 @@ def _row(context, value, indices, values, count, y):
                 builder.store(result, place)
             return carried
 
-        main = builder.and_(count, _I64(-4))
-        _loop(builder, _I64(0), main, 4, partial(add, step=4), [])
-        _loop(builder, main, count, 1, partial(add, step=1), [])
+        _loop(builder, _I64(0), count, UNROLLED, partial(add, step=UNROLLED), [])
         return context.get_dummy_value()
 
     word = types.int64

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxprune.sparse import kernel
-from jaxprune.sparse.kernel import BLOCK, BY_COLUMNS, FIELDS, HEADER, TILES
+from jaxprune.sparse.kernel import BLOCK, BY_COLUMNS, FIELDS, HEADER, TILES, UNROLLED
 from jaxprune.sparse.program import Layer
 
 # Measured, by the rows of a tile: the density from which dense is faster; the multiply-adds that
@@ -18,7 +18,7 @@ from jaxprune.sparse.program import Layer
 # is faster, for sparse and for dense layers.
 _DENSE_FROM = {BY_COLUMNS: 0.25, 16: 0.45, 64: 0.6}
 _SHARE = {BY_COLUMNS: 1 << 19, 16: 1 << 21, 64: 1 << 21}
-_FEW_ROWS = {False: 3, True: 16}
+_FEW_ROWS = {False: 3, True: 32}
 
 
 def tile_for(layers: Sequence[Layer], rows: int) -> int:
@@ -123,7 +123,7 @@ def _lists(weights: np.ndarray, parts: int, tile: int) -> tuple[np.ndarray, np.n
     """Return where lists of kept weights start, and their indices and values.
 
     Of every part a list an output, of the inputs' offsets in a tile; or, by columns, a list an
-    input, of the outputs.
+    input, of the outputs, in whole `UNROLLED`: zeros for an output after the last fill it up.
     """
     starts, indices, values = [], [], []
     count = 0
@@ -136,13 +136,18 @@ def _lists(weights: np.ndarray, parts: int, tile: int) -> tuple[np.ndarray, np.n
             begin, end = part * length, (part + 1) * length
             lists, scale = weights[begin:end].T, 4 * tile
         which, at = np.nonzero(lists)
-        ends = count + np.cumsum(np.bincount(which, minlength=len(lists)))
+        kept = np.bincount(which, minlength=len(lists))
+        sizes = kept if tile else -(-kept // UNROLLED) * UNROLLED
+        ends = count + np.cumsum(sizes)
         starts.append(np.concatenate([[count], ends]))
         if tile != BY_COLUMNS and part < parts - 1:
             starts[-1] = starts[-1][:-1]  # where the next part's begin
-        indices.append((begin + at) * scale)
-        values.append(lists[which, at])
-        count += which.size
+        places = np.arange(which.size) + np.repeat(np.cumsum(sizes - kept) - sizes + kept, kept)
+        indices.append(np.full(sizes.sum(), weights.shape[1]))
+        indices[-1][places] = (begin + at) * scale
+        values.append(np.zeros(sizes.sum()))
+        values[-1][places] = lists[which, at]
+        count += int(sizes.sum())
     return (
         np.concatenate(starts).astype(np.int32),
         np.concatenate(indices).astype(np.int32),

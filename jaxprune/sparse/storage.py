@@ -11,10 +11,12 @@ allocate is bounded by some 3 kB for each of its bytes, and checked before anyth
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -37,6 +39,7 @@ Values = Literal["float32", "float16", "int8", "codebook4", "codebook5", "codebo
 _VERSION = 1
 _NO_DIGEST = "0" * 64
 _EXPANSION = 1024
+_BLOCK = 1 << 14
 _ROUNDS = 100  # of k-means; the more, the more even the clusters, which takes more bits to code
 
 
@@ -87,9 +90,11 @@ def save_sparse(
     check_masks(masks, params)
     tree = trees.encode_containers(params)
     kept = jax.tree.map(np.asarray, jax.tree.leaves(masks))
+    names, arrays = zip(*trees.paths_and_leaves(params), strict=True) if kept else ((), ())
+    with ThreadPoolExecutor() as threads:  # most of the work is outside of Python's lock
+        encoded = list(threads.map(_encode_leaf, names, arrays, kept, itertools.repeat(values)))
     leaves, tensors, allocated = [], {}, 0
-    for i, (name, leaf) in enumerate(trees.paths_and_leaves(params)):
-        entry, data = _encode_leaf(name, leaf, kept[i], values)
+    for i, (name, (entry, data)) in enumerate(zip(names, encoded, strict=True)):
         leaves.append(entry)
         # Other readers see the paths; the number tells {1: ...} from {"1": ...}.
         readable = name.encode("ascii", "backslashreplace").decode()
@@ -295,10 +300,12 @@ def _wide(dtype: np.dtype) -> np.dtype:
 
 def _cluster(weights: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
     """Return at most `most` centroids, rising, and the index of the nearest for each weight."""
-    ordered = np.sort(weights.astype(_wide(weights.dtype))).astype(np.float64)
-    centroids = ordered[np.diff(ordered, prepend=-np.inf) > 0]
-    if centroids.size > most:
-        sums = np.concatenate([[0], np.cumsum(ordered)])
+    dtype, weights = weights.dtype, weights.astype(_wide(weights.dtype), copy=False)
+    ordered = np.sort(weights)
+    if np.count_nonzero(ordered[1:] != ordered[:-1]) < most:
+        centroids = np.unique(ordered)
+    else:
+        sums = np.concatenate([[0], np.cumsum(ordered, dtype=np.float64)])
         # Evenly spaced: starts of less error end in clusters that take more bits to code.
         centroids = np.linspace(ordered[0], ordered[-1], most)
         for _ in range(_ROUNDS):
@@ -307,9 +314,18 @@ def _cluster(weights: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
             old, centroids = centroids, np.diff(sums[ends]) / np.diff(ends)
             if np.array_equal(centroids, old):
                 break
-    centroids = np.unique(centroids.astype(weights.dtype))
+    centroids = np.unique(centroids.astype(dtype))
     wide = centroids.astype(np.float64)
-    return centroids, np.searchsorted((wide[1:] + wide[:-1]) / 2, weights).astype(np.uint8)
+    # No weight lies between a middle and the number of the weights' dtype at or below it.
+    middles = (wide[1:] + wide[:-1]) / 2
+    below = middles.astype(weights.dtype)
+    below = np.where(below > middles, np.nextafter(below, -np.inf, dtype=below.dtype), below)
+    index = np.zeros(weights.size, np.uint8)
+    for start in range(0, weights.size, _BLOCK):  # which stays in the cache
+        block = slice(start, start + _BLOCK)
+        for limit in below:
+            index[block] += weights[block] > limit
+    return centroids, index
 
 
 def _rotates(dtype: np.dtype) -> bool:
