@@ -14,18 +14,19 @@ from jaxprune.sparse.kernel import BLOCK, BY_COLUMNS, FIELDS, HEADER, TILES, UNR
 from jaxprune.sparse.program import Layer
 
 # Measured, by the rows of a tile: the density from which dense is faster; the multiply-adds that
-# are worth another thread, which wakes up late; and the rows up to which the kernel by columns
-# is faster, for sparse and for dense layers.
-_DENSE_FROM = {BY_COLUMNS: 0.25, 16: 0.45, 64: 0.6}
+# are worth another thread, which wakes up late; and the rows up to which the kernel by columns is
+# faster, of a dense network, and at least.
+_DENSE_FROM = {BY_COLUMNS: 0.12, 16: 0.45, 64: 0.6}
 _SHARE = {BY_COLUMNS: 1 << 19, 16: 1 << 21, 64: 1 << 21}
-_FEW_ROWS = {False: 3, True: 32}
+_FEW_ROWS = 64, 2
 
 
 def tile_for(layers: Sequence[Layer], rows: int) -> int:
     """Return how many rows a tile should have, or `BY_COLUMNS`."""
     kept = sum(np.count_nonzero(layer.weights) for layer in layers)
     density = kept / sum(layer.weights.size for layer in layers)
-    if rows <= _FEW_ROWS[bool(density >= _DENSE_FROM[BY_COLUMNS])]:
+    most, least = _FEW_ROWS
+    if rows <= max(most * density, least):
         return BY_COLUMNS
     return TILES[-1] if rows >= TILES[-1] * (os.cpu_count() or 1) else TILES[0]
 
