@@ -95,10 +95,10 @@ def test_kernel(tile: int, rows: int) -> None:
 
 @pytest.mark.parametrize("tile", [0, *kernel.TILES])
 def test_relu_keeps_nan(tile: int) -> None:
-    layer = Layer(np.eye(8, dtype=np.float32), None, relu=True)
-    x = jnp.array([[np.nan, -1.0, np.inf, -np.inf, 0, 1, 2, 3]])
-    found = kernel.run(x, jnp.asarray(packing.pack([layer], 1, tile)), 8)
-    np.testing.assert_array_equal(found, [[np.nan, 0, np.inf, 0, 0, 1, 2, 3]])
+    layer = Layer(np.eye(20, dtype=np.float32), None, relu=True)
+    x = jnp.zeros((1, 20)).at[0, :8].set(jnp.array([np.nan, -1.0, np.inf, -np.inf, 0, 1, 2, 3]))
+    found = kernel.run(x, jnp.asarray(packing.pack([layer], 1, tile)), 20)
+    np.testing.assert_array_equal(found[:, :8], [[np.nan, 0, np.inf, 0, 0, 1, 2, 3]])
 
 
 @pytest.mark.parametrize("tile", [0, *kernel.TILES])
