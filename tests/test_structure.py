@@ -405,6 +405,8 @@ def test_scores_of_units_by_hand() -> None:
     params = {"hidden": jnp.array([[3.0, 1.0, 2.0], [4.0, 1.0, 2.0]]), "logits": jnp.ones((3, 2))}
     graph = dependency_graph(through(jnp.tanh), params, jnp.ones((2, 2)))
     masks = group_masks(graph, params, [0, 1 / 3, 0.5, 1])
+    traced = jax.jit(lambda p: group_masks(graph, p, [0, 1 / 3, 0.5, 1]))(params)
+    jax.tree.map(np.testing.assert_array_equal, traced, masks)
     assert masks["hidden"][:, 0].tolist() == [
         [True, True, True], [True, False, True], [True, False, False], [False, False, False]
     ]  # fmt: skip

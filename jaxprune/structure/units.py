@@ -145,5 +145,5 @@ _keep_largest = jax.jit(keep_largest)
 def _along(keep: Array, member: Member, ndim: int) -> Any:
     """Return what is kept along an axis of a leaf, in masks of levels and that leaf's axes."""
     values: Any = keep if isinstance(keep, Tracer) else np.asarray(keep)
-    along = values[:, np.maximum(member.index, 0)] | (member.index < 0)
+    along = values[:, np.maximum(member.index, 0)] | (member.index < 0)[None]
     return along.reshape(-1, *(along.shape[1] if i == member.axis else 1 for i in range(ndim - 1)))
