@@ -369,11 +369,11 @@ def _scatter(eqn: Any, ins: list[Axes]) -> list[Axes]:
     operand, indices, updates = ins
     for axis in indices:
         freeze(axis, "an axis of indices")
-    for i, j in whole_windows(eqn):
+    pairs = whole_windows(eqn)
+    for i, j in pairs:
         unify(operand[i], updates[j])
     for axes, taken in ((operand, 0), (updates, 1)):
-        left = {*range(len(axes))} - {pair[taken] for pair in whole_windows(eqn)}
-        for i in left:
+        for i in {*range(len(axes))} - {pair[taken] for pair in pairs}:
             freeze(axes[i], "indexed")
     return [operand]
 

@@ -58,7 +58,7 @@ class Record:
             return
         inside = [*folder.iterdir()] if folder.exists() else []
         # A call that was killed at its start leaves the others.
-        foreign = any(path.name != "lock" and path.suffix != ".tmp" for path in inside)
+        foreign = any(path.name != "lock" and not path.match(".*.tmp") for path in inside)
         if foreign and not (folder / "config.json").exists():
             raise ValueError(f"{folder} is not empty and holds no run: give another --run-dir")
         folder.mkdir(parents=True, exist_ok=True)
