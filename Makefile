@@ -40,7 +40,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
 	@echo 'PYTHON=python3.12 chooses the interpreter, EXTRAS=dev,cuda adds NVIDIA GPUs.'
 
-sweep: .venv/stamp $(if $(filter -h --help --data-dir% mnist --dataset=mnist idx:% --dataset=idx:%,$(ARGS)),,data) ## the pruning study, from data to figures; ARGS="--preset challenge --seeds 3"
+sweep: .venv/stamp $(if $(filter -h --help --data-dir% mnist --dataset=mnist $(foreach kind,idx npz folder text tfds,$(kind):% --dataset=$(kind):%),$(ARGS)),,data) ## the pruning study, from data to figures; ARGS="--preset challenge --seeds 3"
 	@.venv/bin/python experiments/sweep.py $(ARGS)
 
 test: .venv/stamp data ## the tests but the slow ones; ARGS="-k masks"

@@ -29,14 +29,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxprune import config, data, metrics, models, sparsity, structure
+from jaxprune import config, data, networks, structure, trees
+from jaxprune.criteria import magnitude
+from jaxprune.data import Split
 from jaxprune.masks import apply_masks, masks_at
-from jaxprune.scores import magnitude
-from jaxprune.study.curve import keep_all
-from jaxprune.study.groups import UPDATES_PER_EPOCH
+from jaxprune.study import parts
 from jaxprune.study.programs import Programs
-from jaxprune.train import batch_indices, init_state
-from jaxprune.types import Counts, Granularity, Masks, Params
+from jaxprune.study.rows import keep_all
+from jaxprune.study.setup import make_setup
+from jaxprune.study.stages import UPDATES_PER_EPOCH
+from jaxprune.tasks import classification, mean_loss
+from jaxprune.train import TrainState, batch_indices
+from jaxprune.types import Counts, Masks, Params
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 BATCH_SIZE = 128
@@ -96,12 +100,6 @@ def masks_by_argsort(kernel: np.ndarray, counts: np.ndarray, granularity: str) -
     return np.broadcast_to(masks[:, None] if unit else masks, (len(counts), *kernel.shape))
 
 
-@jax.jit
-def select(params: Params, counts: dict[Granularity, Counts]) -> dict[Granularity, Masks]:
-    """Return all masks, by granularity. As constants, params and counts would be folded."""
-    return {g: masks_at(magnitude(params), c, granularity=g) for g, c in counts.items()}
-
-
 @contextlib.contextmanager
 def torch_worker(python: str, inputs: dict[str, Any]) -> Iterator[Ask]:
     """Run `torch_baseline.py` in another interpreter, with these arrays."""
@@ -127,39 +125,59 @@ class Benchmark:
     """The trained network, its masks, and what has been measured."""
 
     def __init__(self, loaded: data.Data, rounds: int, hidden_sizes: Sequence[int], size: int):
-        self.data, self.num_rounds, self.matmul_rate = loaded, rounds, matmul(size)
+        self.num_rounds, self.matmul_rate = rounds, matmul(size)
         self.rows: list[Row] = []
         self.epoch_steps = len(loaded.train.y) // BATCH_SIZE
-        self.sizes = (loaded.train.x.shape[1], *hidden_sizes, int(loaded.train.y.max()) + 1)
-        init, self.apply = models.mlp(self.sizes[0], hidden_sizes, self.sizes[-1])
-        self.optimizer = optax.adam(1e-3)
-        self.programs = Programs(
-            self.apply, self.optimizer, magnitude, config.METHODS, "layer", None, lambda _: None
-        )
+        features = loaded.train.x[0].size
+        self.sizes = (features, *hidden_sizes, int(loaded.train.y.max()) + 1)
+        init, self.apply = networks.mlp(features, hidden_sizes, self.sizes[-1])
+        network = networks.network(init, self.apply)
         self.params = jax.jit(init)(jax.random.key(0))
+        study = config.Study(batch_size=BATCH_SIZE)
+        self.setup = make_setup(network, loaded, study, None, None, self.params, {})
+        self.data, self.programs = self.setup.data, Programs(self.setup)
+        self.batch = self.setup.batch(jax.random.key(0))
+        self.by = {arm.granularity: arm for arm in self.setup.arms}
         self.start(1)
-        params = self.train(keep_all(self.params, 1), min(TRAINED_STEPS, self.epoch_steps))
-        self.params = jax.tree.map(lambda leaf: leaf[0], params)
+        params = self.train(keep_all(self.carry.params), min(TRAINED_STEPS, self.epoch_steps))
+        self.params = trees.unstack(params)[0]
         self.targets = [config.sparsity_of_level(level) for level in config.LEVELS]
         self.counts = self.counts_of(self.targets)
+        granularities = self.setup.granularities
+
+        @jax.jit  # as constants, params and counts would be folded
+        def select(params: Params, counts: dict[str, Counts]) -> dict[str, Masks]:
+            return {g: masks_at(magnitude(params), c, granularity=granularities[g])
+                    for g, c in counts.items()}  # fmt: skip
+
+        self.select = select
         self.masks = select(self.params, self.counts)
 
-    def counts_of(self, targets: Sequence[Any]) -> dict[Granularity, Counts]:
-        return {g: sparsity.counts(self.params, targets, granularity=g) for g in config.METHODS}
+    def counts_of(self, targets: Sequence[Any]) -> dict[str, Counts]:
+        return {g: self.setup.counts(arm, targets) for g, arm in self.by.items()}
 
     def start(self, levels: int) -> Params:
         """Have all levels start from the network, and return them."""
-        state = init_state(self.params, self.optimizer)
-        self.state = jax.tree.map(lambda leaf: jnp.stack([leaf] * levels), state)
-        return self.state.params
+        carry = TrainState(self.params, {}, self.setup.optimizer.init(self.params))
+        self.carry = trees.stack([carry] * levels)
+        return self.carry.params
 
     def train(self, masks: Masks, steps: int) -> Params:
         """Shuffle, make the first steps of an epoch from where the last call ended, and return."""
+        self.carry, _ = self.programs.whole.train(self.carry, masks, *self.batches(steps))
+        return self.carry.params
+
+    def batches(self, steps: int) -> tuple[Any, ...]:
+        """Return what training takes, but for networks and masks."""
         x, y = self.data.train
         batches = batch_indices(jax.random.key(0), len(y), BATCH_SIZE)
-        args = self.state, masks, x, y, batches, np.int32(0), np.int32(steps)
-        (self.state, _), _ = self.programs.train(*args)
-        return self.state.params
+        return x, y, batches, jax.random.key(0), np.int32(0), np.int32(steps)
+
+    def score(self, params: Params, masks: Masks) -> float:
+        """Return the seconds of scoring all levels."""
+        splits = Split(*self.data.val), Split(*self.data.test)
+        args = params, {}, masks, *splits, None
+        return self.programs.clock.time(self.programs.whole.score, *args)[1]
 
     def compare(
         self, name: str, goal: str, ours: Callable[[], float], other: str,
@@ -181,33 +199,42 @@ class Benchmark:
     def torch_inputs(self) -> dict[str, Any]:
         names = sorted(self.params)  # hidden_0, hidden_1, ..., logits
         inputs = {f"kernel_{i}": self.params[name]["kernel"] for i, name in enumerate(names)}
-        for g, counts in self.counts.items():
-            inputs[f"{g}_counts"] = np.stack([counts[name]["kernel"] for name in names[:-1]], 1)
-        return inputs | self.data.train._asdict() | {"batch_size": BATCH_SIZE}
+        for g in self.counts:
+            inputs[f"{g}_counts"] = np.stack(
+                [self.pruned_of(g, name) for name in names[:-1]], 1
+            )  # fmt: skip
+        x, y = self.data.train
+        return inputs | {"x": x.reshape(len(x), -1), "y": y, "batch_size": BATCH_SIZE}
+
+    def pruned_of(self, granularity: str, name: str) -> np.ndarray:
+        """Return how many weights or units of a layer every level prunes, (levels,)."""
+        counts = self.counts[granularity]
+        if name not in counts:  # the last layer, of which no units are pruned
+            return np.zeros(len(self.targets), np.int32)
+        return np.asarray(jax.tree.leaves(counts[name])[0])
 
     def measure_masks(self, ask: Ask | None) -> None:
         """Check all masks, and compare the time that they take."""
         for g, name in itertools.product(self.masks, self.params):
-            found, counts = self.masks[g][name]["kernel"], self.counts[g][name]["kernel"]
+            found, counts = self.masks[g][name]["kernel"], self.pruned_of(g, name)
             right = masks_by_argsort(np.asarray(self.params[name]["kernel"]), counts, g)
             if not np.array_equal(np.asarray(found), right):
                 raise ArithmeticError(f"the {g} masks of {name} are not those of an argsort")
         self.compare(
             f"masks of {len(self.targets)} levels, weight and unit", ">= 25 x",
-            lambda: median(clock(select, self.params, self.counts)[1] for _ in range(5)),
+            lambda: median(clock(self.select, self.params, self.counts)[1] for _ in range(5)),
             "PyTorch", ask and (lambda _: ask("masks")["seconds"]),
         )  # fmt: skip
 
     def measure_epoch(self, ask: Ask | None) -> None:
         """Check that PyTorch has the same network, and compare how fast it goes on learning."""
         x, y = (jnp.asarray(values[:500]) for values in self.data.train)
-        mean_loss = jax.jit(lambda *args: metrics.cross_entropy(self.apply(*args), y).mean())
-        loss = float(mean_loss(self.params, x))
+        task = classification()
+        loss = float(jax.jit(lambda *a: mean_loss(task, self.apply(*a), y))(self.params, x))
         if ask and abs(loss - ask("loss", examples=len(y))["loss"]) > 1e-4:
             raise ArithmeticError(f"the loss of the same network is {loss:.6f}, not so in PyTorch")
         steps = min(TIMED_STEPS, self.epoch_steps)
-        scale, masks = self.epoch_steps / steps, keep_all(self.params, 1)
-        self.start(1)
+        scale, masks = self.epoch_steps / steps, keep_all(self.start(1))
         self.compare(
             f"training epoch, from {steps} of its steps", ">= 1.05 x",
             lambda: scale * clock(self.train, masks, steps)[1],
@@ -216,17 +243,17 @@ class Benchmark:
 
     def measure_evaluation(self) -> None:
         (_, val, test), levels = self.data, len(self.targets)
-        args = self.start(levels), self.masks["weight"], val, test, None
+        params = self.start(levels)
         # The padding of batches is not counted, so what is wasted on it lowers the rate.
         flop = 2 * levels * (len(val.y) + len(test.y)) * macs(self.sizes, training=False)
         self.compare(
             f"evaluation of {levels} weight levels", ">= 80 %",
-            lambda: self.programs.score(*args)[1], "matmul", lambda rate: flop / rate,
+            lambda: self.score(params, self.masks["weight"]), "matmul", lambda rate: flop / rate,
         )  # fmt: skip
 
     def measure_smaller(self) -> None:
         """Compare what unit pruning leaves, compacted, with the same under masks."""
-        x = self.data.test.x[:INFERENCE_BATCH]
+        x = self.data.test.x[:INFERENCE_BATCH].reshape(INFERENCE_BATCH, -1)
         dense = jax.jit(self.apply)
         for level, goal in COMPACT_GOALS.items():
             i = config.LEVELS.index(level)
@@ -247,16 +274,17 @@ class Benchmark:
                 lambda _: median(clock(dense, masked, x)[1] for _ in range(30)),  # noqa: B023
             )  # fmt: skip
 
-        val, test, levels = self.data.val, self.data.test, len(self.targets)
+        levels = len(self.targets)
         stacked = self.start(levels)
 
-        def by(method: Granularity) -> float:
+        def by(granularity: str) -> float:
             started = time.perf_counter()
-            if method == "weight":
-                self.programs.score(stacked, self.masks["weight"], val, test, None)
+            if granularity == "weight":
+                self.score(stacked, self.masks["weight"])
             else:  # reading the program and taking the units out included
-                networks = self.programs.smaller(stacked, self.masks["unit"], x[:2], fold=True)
-                networks.score(val, test, None)
+                carry = TrainState(stacked, {}, ())
+                smaller = parts.compact(carry, self.masks["unit"], self.setup)
+                parts.score(smaller, self.setup, self.programs, None)
             return time.perf_counter() - started
 
         self.compare(
@@ -266,15 +294,12 @@ class Benchmark:
         pruned = jax.tree.map(lambda leaf: leaf[1:], self.masks["unit"])
         steps = max(1, round(self.epoch_steps / UPDATES_PER_EPOCH))
         self.start(levels - 1)
-        state = self.state
-        networks = self.programs.smaller(state.params, pruned, x[:2], fold=False)
-        batches = batch_indices(jax.random.key(0), len(self.data.train.y), BATCH_SIZE)
-        args = *self.data.train, batches, np.int32(0), np.int32(steps)
-        smaller = networks.shrink(state)
+        smaller, args = parts.compact(self.carry, pruned, self.setup), self.batches(steps)
+        train = self.programs.whole.train
         self.compare(
             f"training of {levels - 1} unit levels, pruned, {steps} steps", ">= 3.3 x",
-            lambda: networks.train(smaller, networks.masks, *args)[1],
-            "masked", lambda _: self.programs.train(state, pruned, *args)[1],
+            lambda: parts.train(smaller, self.setup, self.programs, *args)[2], "masked",
+            lambda _: self.programs.clock.time(train, self.carry, pruned, *args)[1],
         )  # fmt: skip
 
     def measure_masked_training(self) -> None:
@@ -282,15 +307,21 @@ class Benchmark:
         pruned = [target for target in self.targets if target]
         levels, steps = len(pruned), max(1, round(self.epoch_steps / UPDATES_PER_EPOCH))
         earlier, last = self.counts_of([t * 999 / 1000 for t in pruned]), self.counts_of(pruned)
-        params, whole = self.start(levels), keep_all(self.params, levels)
-        update = self.programs.select_within
-        within = {g: update[g](params, whole, counts)[0] for g, counts in earlier.items()}
-        updates: dict[Granularity, list[float]] = {g: [] for g in config.METHODS}
+        params = self.start(levels)
+        whole = keep_all(params, levels)
+
+        def update(g: str, params: Params, masks: Masks, counts: Counts) -> tuple[Masks, float]:
+            args = self.by[g], params, {}, masks, self.batch, counts
+            (masks, _), seconds = self.programs.clock.time(self.programs.select_within, *args)
+            return masks, seconds
+
+        within = {g: update(g, params, whole, counts)[0] for g, counts in earlier.items()}
+        updates: dict[str, list[float]] = {g: [] for g in self.by}
 
         def ours() -> float:
             params, seconds = clock(self.train, within["weight"], steps)
             for g in updates:
-                updates[g].append(update[g](params, within[g], last[g])[1])
+                updates[g].append(update(g, params, within[g], last[g])[1])
             return seconds
 
         flop = 2 * levels * steps * BATCH_SIZE * macs(self.sizes, training=True)
@@ -338,7 +369,7 @@ def run(
     load = os.getloadavg()[0]
     versions = {module.__name__: module.__version__ for module in (jax, optax, np)}
     versions["python"] = sys.version.split()[0]
-    bench = Benchmark(jax.tree.map(jnp.asarray, loaded), rounds, hidden_sizes, matmul_size)
+    bench = Benchmark(loaded, rounds, hidden_sizes, matmul_size)
     with torch_worker(python, bench.torch_inputs()) if python else contextlib.nullcontext() as ask:
         versions |= ask("version") if ask else {}
         bench.measure_masks(ask)

@@ -1,17 +1,18 @@
-"""Redraw the figures of a run from its rows alone, and of what else was measured beside them.
+"""Redraw the figures of a run from its rows alone, and write the page of all that was measured.
 
     python experiments/figures.py runs/fashion_mnist-challenge --out figures
 
 RUN is the directory of a run, or a folder with its results.csv and config.json, such as figures/.
-Those two files are written beside the figures, so that they can be redrawn again.
+Those two files are written beside the figures, so that they can be redrawn again. RESULTS.md has
+the tables, also of benchmark.json, inference.json and resnet.json where they lie there.
 """
 
 import argparse
-import json
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jaxprune import results
 
@@ -25,27 +26,39 @@ def redraw(run_dir: Path, out: Path) -> list[Path]:
     """
     run = results.load_run(run_dir)
     if not run.rows:
-        raise ValueError(f"{run_dir} has no rows yet, in results.jsonl or results.csv")
-    from jaxprune import figures
+        raise ValueError(f"{run_dir} has no rows yet, in rows/ or results.csv")
+    from experiments import results_page
+    from jaxprune import figures, report
 
+    found = {name: results.read_json(path) for name in ("benchmark", "inference", "resnet")
+             if (path := out / f"{name}.json").exists()}  # fmt: skip
     note = figures.describe(run.config["settings"])
-    drawn = figures.draw_figures(run.rows, note=note)
-    if (resnet := out / "resnet.json").exists():
-        found = json.loads(resnet.read_text())
-        note = f"ResNet-20 without {found['settings']['level']:g}% of the units of every group"
-        drawn["resnet-widths"] = figures.widths(found["widths"], note=note)
-    if (costs := out / "inference.json").exists():
-        found = json.loads(costs.read_text())
-        network = f"{figures.describe(found['settings'])}; trained with its mask"
-        note = f"{network}, seed {found['seed']}; {found['device']}"
-        drawn["inference-speed"] = figures.speedups(found["speed"], note=note)
-        drawn["file-sizes"] = figures.file_sizes(found["files"], note=network)
+    drawn = figures.draw_figures(run.rows, run.metrics, note=note) | draw_costs(found)
     paths = figures.save_figures(drawn, out)
+    page = out / "RESULTS.md"
+    report.write_markdown("Results", results_page.sections(run, found, drawn), page)
     if not out.samefile(run_dir):
         results.write_csv(out / "results.csv", run.rows)
         shutil.copyfile(run_dir / "config.json", out / "config.json")
         paths += [out / "results.csv", out / "config.json"]
-    return paths
+    return [*paths, page]
+
+
+def draw_costs(found: dict[str, Any]) -> dict[str, Any]:
+    """Draw what was measured beside rows."""
+    from jaxprune import figures
+
+    drawn = {}
+    if costs := found.get("inference"):
+        network = f"{figures.describe(costs['settings'])}; trained with its mask"
+        note = f"{network}, seed {costs['seed']}; {costs['device']}"
+        drawn["inference-speed"] = figures.speedups(costs["speed"], note=note)
+        drawn["file-sizes"] = figures.file_sizes(costs["files"], note=network)
+    if resnet := found.get("resnet"):
+        level = resnet["settings"]["level"]
+        note = f"ResNet-20 without {level:g}% of the units of every group; {resnet['device']}"
+        drawn["resnet-training"] = figures.training_cost(resnet["rows"], note=note)
+    return drawn
 
 
 def main(argv: Sequence[str] | None = None) -> int:

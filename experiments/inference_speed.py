@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmark import CORES, Ask, aligned, clock, cpu_name, matmul, spread, torch_worker
-from jaxprune import compile_sparse, data, load_run, load_sparse, models, save_sparse
+from jaxprune import compile_sparse, data, load_run, load_sparse, networks, save_sparse
 from jaxprune.evaluate import evaluate_levels
 from jaxprune.figures.costs import crossover
 from jaxprune.masks import apply_masks
@@ -40,7 +40,7 @@ QUICK_LEVELS = (0, 50, 80, 90, 95, 99)
 CALLS = 35  # of a measurement, fewer where they take longer than
 SECONDS = 2.0
 BURST = 7
-# Times as fast as dense, by method, batch and level.
+# Times as fast as dense, by granularity, batch and level.
 GOALS = {
     **{("weight", batch, level): goal for batch in (256, 2048)
        for level, goal in {80: 1.7, 90: 3.5, 95: 6.5, 99: 18}.items()},
@@ -56,20 +56,22 @@ RAPL = Path("/sys/class/powercap/intel-rapl:0")
 class Pruned(NamedTuple):
     """A network of a run: parameters that are zero where they are masked, and its masks."""
 
-    method: str
+    granularity: str
     level: float
     seed: int
     params: Any
     masks: Any
 
 
-def networks(run: Run, seeds: Sequence[int], levels: Sequence[float]) -> Iterator[Pruned]:
+def trained(run: Run, seeds: Sequence[int], levels: Sequence[float]) -> Iterator[Pruned]:
     """Yield the networks trained with their masks."""
-    for method in run.config["settings"]["methods"]:
-        for level in levels:
-            for seed in seeds:
-                params, masks = run.network("trained", method, seed, level)
-                yield Pruned(method, level, seed, apply_masks(params, masks), masks)
+    for arm in run.arms:
+        if (arm.criterion, arm.scope, arm.protocol) == ("magnitude", "layer", "trained"):
+            for level in levels:
+                for seed in seeds:
+                    params, _, masks = run.network(arm, seed, level)
+                    pruned = apply_masks(params, masks)
+                    yield Pruned(arm.granularity, level, seed, pruned, masks)
 
 
 def kernels_of(params: Any) -> list[np.ndarray]:
@@ -117,7 +119,7 @@ def measure_speed(
         compiling = time.perf_counter() - started
         found, expected = np.asarray(fast(x)), np.asarray(dense(params, x))
         if np.max(np.abs(found - expected)) > 1e-5 * np.max(np.abs(expected)):
-            raise ArithmeticError(f"{pruned.method} {pruned.level:g}%, batch {batch}: it differs")
+            raise ArithmeticError(f"{pruned.granularity} {pruned.level:g}%, batch {batch}: it differs")
 
         def by_numpy(rows: np.ndarray = on_host) -> np.ndarray:
             for kernel in kernels[:-1]:
@@ -145,7 +147,7 @@ def measure_speed(
         faster = min(("xla", "numpy"), key=lambda name: median(seconds[name]))
         report = fast.report(x)
         yield {
-            "method": pruned.method, "level": pruned.level, "seed": pruned.seed, "batch": batch,
+            "granularity": pruned.granularity, "level": pruned.level, "seed": pruned.seed, "batch": batch,
             "seconds": seconds, "than": faster,
             "ratios": [a / b for a, b in zip(seconds[faster], seconds["ours"], strict=True)],
             "dense": weights, "kept": kept, "executed": report.multiply_adds // batch,
@@ -190,7 +192,7 @@ def measure_files(
         if values == "float32" and not all(map(np.array_equal, jax.tree.leaves(params), leaves)):
             raise ArithmeticError("the weights read back are others")
         yield {
-            "method": pruned.method, "level": pruned.level, "seed": pruned.seed, "values": values,
+            "granularity": pruned.granularity, "level": pruned.level, "seed": pruned.seed, "values": values,
             "bytes": path.stat().st_size, "saving": saving,
             "loading": min(first, second), **others,
         }, params  # fmt: skip
@@ -203,13 +205,13 @@ def files(
     """Return the rows of all files, with the accuracy of what is read back."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for pruned in networks(run, seeds, levels):
-            if pruned.method == "weight":
+        for pruned in trained(run, seeds, levels):
+            if pruned.granularity == "weight":
                 here, read = zip(*measure_files(pruned, every, Path(folder)), strict=True)
                 stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *read)
                 whole = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), stacked)
                 scores, _ = evaluate_levels(apply, stacked, whole, loaded)
-                accuracies = zip(here, scores.accuracy, strict=True)
+                accuracies = zip(here, scores["accuracy"], strict=True)
                 rows += [row | {"accuracy": float(accuracy)} for row, accuracy in accuracies]
     return rows
 
@@ -266,13 +268,13 @@ def speed_table(rows: Sequence[dict[str, Any]]) -> str:
         middle = {n: f"{1e3 * median(row['seconds'][n]):.3f}" if n in row["seconds"] else "-"
                   for n in names}  # fmt: skip
         low, ratio, high = np.quantile(row["ratios"], (0.25, 0.5, 0.75))
-        key = row["method"], row["batch"], row["level"]
+        key = row["granularity"], row["batch"], row["level"]
         goals = [
             ("-", "-") if goal is None else (f"{goal:g}", "yes" if figure >= goal else "no")
             for figure, goal in ((ratio, GOALS.get(key)), (gflops(row), RATES.get(key)))
         ]
         cells.append([
-            f"{row['method']} {row['level']:g}%", str(row["batch"]), *middle.values(),
+            f"{row['granularity']} {row['level']:g}%", str(row["batch"]), *middle.values(),
             f"{ratio:.2f}", f"{low:.2f}-{high:.2f}", *goals[0], f"{gflops(row):.1f}", *goals[1],
             f"{row['sparse']} of {row['products']}", f"{row['compiling']:.1f}",
         ])  # fmt: skip
@@ -302,43 +304,43 @@ def measure(
     levels: Sequence[float] | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure everything, print it, and return all numbers; of the other runs the files alone."""
-    settings = run.config["settings"]
+    settings, recorded = run.config["settings"], sum(run.config["levels"], [])
     seeds = sorted({row.seed for row in run.rows})
-    wanted = levels or (QUICK_LEVELS if quick else settings["levels"])
-    found = [level for level in settings["levels"] if level in wanted]
+    wanted = levels or (QUICK_LEVELS if quick else recorded)
+    found = [level for level in recorded if level in wanted]
     if not found or not set(levels or ()) <= set(found):
         given = "--levels" if levels else "--preset quick"
         raise ValueError(
-            f"{given}: {run.path} has the levels {' '.join(f'{n:g}' for n in settings['levels'])}, "
+            f"{given}: {run.path} has the levels {' '.join(f'{n:g}' for n in recorded)}, "
             f"not {' '.join(f'{level:g}' for level in wanted if level not in found)}"
         )
     every: tuple[Values, ...] = ("float32", "codebook5") if quick else get_args(Values)
-    _, apply = models.mlp(
-        loaded.train.x.shape[1], settings["hidden_sizes"], int(loaded.train.y.max()) + 1
-    )
+    images = loaded.test.x.reshape(len(loaded.test.x), -1)
+    classes = data.outputs_of(loaded)
+    _, apply = networks.mlp(images.shape[1], settings["hidden_sizes"], classes)
     load, rate, speed = os.getloadavg()[0], matmul(), []
     rates = [rate()]
     with torch_worker(python, {}) if python else contextlib.nullcontext() as ask:
         versions = {"torch": ask("version")["torch"]} if ask else {}
-        for pruned in networks(run, seeds[:1], found):
+        for pruned in trained(run, seeds[:1], found):
             if sys.stderr.isatty():
-                print(f"{pruned.method} {pruned.level:g}% ...", end="\r", file=sys.stderr)
+                print(f"{pruned.granularity} {pruned.level:g}% ...", end="\r", file=sys.stderr)
             batches = BATCHES[::2] if quick else BATCHES
-            speed += measure_speed(pruned, apply, loaded.test.x, ask, batches)
+            speed += measure_speed(pruned, apply, images, ask, batches)
             time.sleep(0.1)  # the threads of NumPy and PyTorch spin for a while
             rates.append(rate())
     sizes = files(run, apply, loaded, seeds[:1] if quick else seeds, found, every)
     for other in others:
-        new = [level for level in other.config["settings"]["levels"] if level not in found]
+        new = [level for level in sum(other.config["levels"], []) if level not in found]
         sizes += files(other, apply, loaded, seeds[:1] if quick else seeds, new, every)
-    last = [p for p in networks(run, seeds[:1], [max(found)]) if p.method == "weight"]
-    joules = measure_energy(last[0], apply, loaded.test.x) if last and rapl("energy_uj") else None
+    last = [p for p in trained(run, seeds[:1], [max(found)]) if p.granularity == "weight"]
+    joules = measure_energy(last[0], apply, images) if last and rapl("energy_uj") else None
     versions |= {"jax": jax.__version__, "numpy": np.__version__, "python": sys.version.split()[0]}
     device = f"{CORES} cores of {cpu_name()}, load {load:.1f} at the start"
     print(device, ", ".join(f"{name} {number}" for name, number in versions.items()), sep="\n")
     print(f"matmul, float32 2000^3: {spread(rates, 'GFLOP/s')}\n")
     print(f"milliseconds, medians; {run.path}, trained, seed {seeds[0]}\n{speed_table(speed)}\n")
-    at = crossover([r for r in speed if (r["method"], r["batch"]) == ("weight", 256)])
+    at = crossover([r for r in speed if (r["granularity"], r["batch"]) == ("weight", 256)])
     print(f"crossover, 3% faster at batch 256: {'none' if at is None else f'weight {at:g}%'}"
           f" (goal: {LATEST}% at the latest)\n")  # fmt: skip
     sizes.sort(key=lambda row: row["level"])

@@ -3,6 +3,7 @@
 Usage: python experiments/sweep.py --preset quick
 """
 
+import argparse
 import os
 import sys
 import time
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import tyro
 
-from jaxprune.config import Config, TrainingDiverged
+from jaxprune.config import PRESETS, Config, NotFinite
 
 if TYPE_CHECKING:
     from jaxprune.study import Progress
@@ -23,64 +24,80 @@ _LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
 
 def main() -> None:
     """Read the flags, run the study, and turn what goes wrong into a line and an exit status."""
+    for stream in (sys.stdout, sys.stderr):  # where they take ASCII only
+        stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     try:
-        config = tyro.cli(Config, description=__doc__)
-        run(config)
+        run(read_flags())
     except KeyboardInterrupt:
         print("sweep.py: stopped; the same command goes on from the last finished epoch",
               file=sys.stderr, flush=True)  # fmt: skip
         os._exit(130)  # threads of a checkpoint's half-done writing would complain at a usual exit
-    except TrainingDiverged as error:
+    except NotFinite as error:
         stop(1, f"{error}; the rows before it are kept")
-    except (ValueError, OSError) as error:
+    except TypeError as error:  # of what was made of the flags, such as leaves of integers
+        stop(1, str(error))
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         stop(2, str(error))
 
 
+def read_flags() -> Config:
+    """Return the settings; a preset gives defaults to the other flags."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--preset", default="quick")
+    preset = early.parse_known_args()[0].preset
+    default = Config(preset=preset, **PRESETS.get(preset, {}))
+    return tyro.cli(Config, default=default, description=__doc__)
+
+
 def run(config: Config) -> None:
-    """Run the study, or go on with it; then print its table and draw its figures."""
+    """Run the study, or go on with it; then print its tables, draw its figures, and report."""
+    sys.path.insert(0, os.getcwd())  # my_module:my_scores
     import jax  # after the flags are parsed, so that --help is quick
     import optax
 
-    from jaxprune import data, figures, models, results
+    from jaxprune import data, figures, networks, report, results, tasks
     from jaxprune.study import run_sweep
 
-    assert config.seeds is not None and config.epochs is not None and config.run_dir is not None
-    started = time.perf_counter()
+    folder, started = config.folder, time.perf_counter()
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
             f"JAX finds no device ({error or 'JAX_PLATFORMS names one that is missing'})"
         ) from error
-    loaded = data.load(config.dataset, data_dir=config.data_dir)
-    classes = int(loaded.train.y.max()) + 1
-    init, apply = models.mlp(loaded.train.x.shape[1], config.hidden_sizes, classes)
-    with progress_display() as (report, say), warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: say(f"note: {message}")
-        say(
-            f"{config.dataset}: {len(loaded.train.y):,} images to train on, "
-            f"{len(loaded.val.y):,} to validate, {len(loaded.test.y):,} to test; "
-            f"run directory {config.run_dir}"
+    task = tasks.resolve(config.task) if config.task else None
+    loaded = data.load(config.dataset, data_dir=config.data_dir, context=config.context)
+    example = networks.Example(loaded.train.x[:2], data.outputs_of(loaded))
+    options = {"hidden_sizes": config.hidden_sizes} if config.network == "mlp" else {}
+    network = networks.resolve(config.network)(example, **options)
+    with progress_display() as tell, warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: tell(str(message))
+        print(
+            f"{config.dataset}: {len(loaded.train.x):,} examples to train on, "
+            f"{len(loaded.val.x):,} to validate, {len(loaded.test.x):,} to test; "
+            f"run directory {folder}"
         )
         rows = run_sweep(
-            init, apply, loaded,
-            seeds=config.seeds, levels=config.levels, epochs=config.epochs, methods=config.methods,
-            protocols=config.protocols, batch_size=config.batch_size,
-            optimizer=optax.adam(config.learning_rate), remaining=models.mlp_remaining,
-            run_dir=config.run_dir, settings=config.settings(), report=report, note=say,
+            network, loaded, config, task=task, optimizer=optax.adam(config.learning_rate),
+            run_dir=folder, settings=config.settings(), report=tell,
         )  # fmt: skip
-    print(f"\n{results.table(rows)}\n")
-    note = figures.describe(config.settings())
-    figures.save_figures(figures.draw_figures(rows, note=note), config.run_dir / "figures")
+    found = results.load_run(folder)
+    tables = results.tables(rows, found.metrics)
+    print("\n" + "\n\n".join(map(results.text, tables)) + "\n")
+    drawn = figures.draw_figures(rows, found.metrics, note=figures.describe(config.settings()))
+    figures.save_figures(drawn, folder / "figures")
+    report.write_report(found, drawn, folder / "report.html")
     print(
-        f"results, checkpoints and figures are in {config.run_dir}  "
+        f"report.html, results, checkpoints and figures are in {folder}  "
         f"({time.perf_counter() - started:.0f} s)"
     )
+    if lost := [row for row in rows if row.metrics["val_loss"] is None]:
+        raise NotFinite(f"the loss of {len(lost)} of {len(rows)} rows is not finite, see above")
 
 
 @contextmanager
-def progress_display() -> Iterator[tuple[Callable[["Progress"], None], Callable[[str], None]]]:
-    """Give `report(progress)` and `say(line)`: a live bar on a terminal, elsewhere plain lines."""
+def progress_display() -> Iterator[Callable[["Progress | str"], None]]:
+    """Give `tell(progress or line)`: a live bar on a terminal, elsewhere plain lines."""
     from rich.console import Console
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn
     from rich.progress import Progress as Bars
@@ -93,36 +110,22 @@ def progress_display() -> Iterator[tuple[Callable[["Progress"], None], Callable[
     task = bars.add_task("compiling", total=1.0)
     last = ("", -_LINE_SECONDS)
 
-    def report(progress: "Progress") -> None:
+    def tell(what: "Progress | str") -> None:
         nonlocal last
-        text = describe(progress)
+        if isinstance(what, str):
+            console.print(f"note: {what}", soft_wrap=True, markup=False)
+            return
+        text = str(what)
         if console.is_terminal:
-            bars.update(task, completed=progress.done, description=text)
+            bars.update(task, completed=what.done, description=text)
             return
         now, stage = time.perf_counter(), text.split(" · ")[0]
         if stage != last[0] or now - last[1] >= _LINE_SECONDS:
             last = (stage, now)
-            say(f"{progress.done:4.0%}  {text}")
-
-    def say(line: str) -> None:
-        console.print(line, soft_wrap=True, markup=False)
+            console.print(f"{what.done:4.0%}  {text}", soft_wrap=True, markup=False)
 
     with bars:
-        yield report, say
-
-
-def describe(progress: "Progress") -> str:
-    """Say where the sweep is, in a line."""
-    who = " ".join(filter(None, (progress.protocol, progress.method)))
-    low, high = progress.levels[0], progress.levels[-1]
-    losses = f"loss {progress.losses[0]:.3f}"
-    if len(progress.levels) > 1:
-        losses = f"{losses} at {low:g}%, {progress.losses[-1]:.3f} at {high:g}%"
-    minutes, seconds = divmod(round(progress.seconds_left), 60)
-    return (
-        f"seed {progress.seed} {who} epoch {progress.epoch}/{progress.epochs} · {losses} · "
-        f"{progress.rate / 1000:.1f}k images/s · {minutes}:{seconds:02d} left"
-    )
+        yield tell
 
 
 def stop(status: int, line: str) -> NoReturn:

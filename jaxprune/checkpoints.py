@@ -7,15 +7,18 @@ Training writes them; `results.load_run` and a run that goes on read them.
 A checkpoint is a directory with one Orbax checkpoint an item and a `manifest.json`, which holds
 every item's containers, shapes, dtypes and the SHA-256 of its files, because Orbax restores a
 flipped bit in silence. It is built under another name and renamed once all is on disk: what has its
-final name is complete. An item is stored as a flat dict from paths such as `hidden_0/kernel` to
-arrays, so that containers, empty ones too, come back as they were.
+final name is complete. The leaves of an item are stored by number, and the manifest has their
+paths: any key will do, and containers, empty ones too, come back as they were.
 """
 
 import contextlib
 import errno
 import hashlib
 import json
+import os
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,9 +29,9 @@ from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from jaxprune import files, trees
-from jaxprune.trees import paths_and_leaves
 
 _MANIFEST = "manifest.json"
+_ITEM_BYTES, _LEAF_BYTES = 2**17, 2**12  # what Orbax and the manifest need besides the arrays
 _MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # others may pass
 
 
@@ -47,6 +50,26 @@ class Newest(NamedTuple):
     corrupt: tuple[CorruptCheckpoint, ...]
 
 
+def check_writable(folder: Path) -> None:
+    """Make a folder for checkpoints, and write to it; to be called before anything is trained.
+
+    Raises:
+        ValueError: Orbax cannot write under its name.
+        OSError: it cannot be made or written.
+    """
+    for part in folder.absolute().parts[1:]:
+        if part.encode(errors="replace").decode() != part or "\\" in part or part.endswith(":"):
+            raise ValueError(
+                f"{ascii(str(folder))} cannot hold checkpoints: {ascii(part)} is not UTF-8, has a "
+                "backslash or ends with a colon"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"0")
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def save(path: Path, /, **items: PyTree) -> None:
     """Write a checkpoint; until all of it is on disk, `path` does not exist.
 
@@ -57,25 +80,26 @@ def save(path: Path, /, **items: PyTree) -> None:
 
     Raises:
         FileExistsError: `path` exists; `remove` it first.
-        ValueError: an item's name is no identifier, or a key in it is empty or has a slash.
-        TypeError: a leaf is not an array of numbers or bools.
-        OSError: it cannot be written, such as for want of space.
+        ValueError: an item's name is no identifier.
+        TypeError: a leaf is not an array of numbers or bools; the message names it.
+        OSError: it cannot be written, such as for want of space; nothing is left of it.
     """
     if path.exists():
         raise FileExistsError(f"{path} exists: remove it before saving another checkpoint there")
     if wrong := [name for name in items if not name.isidentifier()]:
         raise ValueError(f"an item's name must be an identifier, got {wrong[0]!r}")
+    items = {name: _to_host(name, item) for name, item in items.items()}
     staged = _staged(path)
-    shutil.rmtree(staged, ignore_errors=True)
+    _clear(staged)
     staged.mkdir(parents=True)
-    items = {name: jax.tree.map(np.asarray, item) for name, item in items.items()}
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
-    if size > (free := shutil.disk_usage(staged).free):
-        # Found out before Orbax starts, whose threads print tracebacks where they cannot write.
-        shutil.rmtree(staged)
-        raise OSError(errno.ENOSPC, f"a checkpoint of {size:,} bytes has {free:,} left", str(path))
-    _write_manifest(staged, {name: _save_item(staged / name, item) for name, item in items.items()})
-    staged.rename(path)
+    try:
+        _check_space(staged, items)
+        entries = {name: _save_item(staged / name, item) for name, item in items.items()}
+        _write_manifest(staged, entries)
+        staged.rename(path)
+    except Exception:
+        _clear(staged)
+        raise
     files.sync(path.parent)
 
 
@@ -97,22 +121,25 @@ def load(path: Path, name: str, target: PyTree | None = None) -> PyTree:
         ValueError: there is no such item, the target does not match, or one is needed.
     """
     entry = verify(path, name)[name]
-    saved = wanted = entry["leaves"]
+    saved = wanted = {tuple(at): leaf for at, *leaf in entry["leaves"]}
     if target is not None:
         wanted = _describe(target)
     elif "tree" in entry:
         target = trees.decode_containers(entry["tree"])
     else:
         raise ValueError(f"{path}: {name} is not made of dict, list and tuple alone: pass a target")
-    for key in saved | wanted:
-        here, there = saved.get(key, "absent"), wanted.get(key, "absent")
+    for at in saved | wanted:
+        here, there = saved.get(at, "absent"), wanted.get(at, "absent")
         if here != there:
-            raise ValueError(f"{path}: {name}/{key} is {here} here, but {there} in the target")
-    arrays = {key: np.empty(shape, jnp.dtype(dtype)) for key, (dtype, shape) in saved.items()}
-    if stored := {key: array for key, array in arrays.items() if array.size}:
-        with _context():
-            arrays |= ocp.load(str(path.absolute() / name), stored)
-    return jax.tree.unflatten(jax.tree.structure(target), [arrays[key] for key in wanted])
+            where = "/".join((name, *at))
+            raise ValueError(f"{path}: {where} is {here} here, but {there} in the target")
+    arrays = [np.empty(shape, jnp.dtype(dtype)) for dtype, shape in saved.values()]
+    if stored := _stored(arrays):
+        with _orbax(path / name):
+            loaded = ocp.load(str(path.absolute() / name), stored)
+        arrays = [loaded.get(str(i), array) for i, array in enumerate(arrays)]
+    by_path = dict(zip(saved, arrays, strict=True))
+    return jax.tree.unflatten(jax.tree.structure(target), [by_path[at] for at in wanted])
 
 
 def verify(path: Path, *names: str) -> dict[str, dict[str, Any]]:
@@ -125,7 +152,7 @@ def verify(path: Path, *names: str) -> dict[str, dict[str, Any]]:
         CorruptCheckpoint: the manifest or a file is missing, cut or changed.
         ValueError: there is no item of that name.
     """
-    entries = _read_manifest(path)
+    entries = contents(path)
     if absent := [name for name in names if name not in entries]:
         raise ValueError(f"{path} holds {', '.join(entries) or 'nothing'}, but no {absent[0]}")
     for name in names or entries:
@@ -137,6 +164,21 @@ def verify(path: Path, *names: str) -> dict[str, dict[str, Any]]:
             if found != digest:
                 raise CorruptCheckpoint(path, f"{name}/{file} is not what was saved")
     return entries
+
+
+def contents(path: Path) -> dict[str, dict[str, Any]]:
+    """Return what the manifest holds, a dict an item, without a look at the items.
+
+    Raises:
+        CorruptCheckpoint: the manifest is missing, cut or changed.
+    """
+    try:
+        digest, _, body = (path / _MANIFEST).read_bytes().partition(b"\n")
+    except _MISSING as error:
+        raise CorruptCheckpoint(path, f"{_MANIFEST}: {error.strerror}") from error
+    if hashlib.sha256(body).hexdigest().encode() != digest:
+        raise CorruptCheckpoint(path, f"{_MANIFEST} is not what was saved")
+    return json.loads(body)
 
 
 def newest(directory: Path, *names: str) -> Newest:
@@ -155,7 +197,7 @@ def newest(directory: Path, *names: str) -> Newest:
     epochs = [path for path in directory.glob("*") if path.name.isdecimal()]
     for path in sorted(epochs, key=lambda path: int(path.name), reverse=True):
         try:
-            if set(names) <= set(_read_manifest(path)):
+            if set(names) <= set(contents(path)):
                 verify(path, *names)
                 return Newest(path, tuple(corrupt))
         except CorruptCheckpoint as error:
@@ -165,7 +207,7 @@ def newest(directory: Path, *names: str) -> Newest:
 
 def drop(path: Path, name: str) -> None:
     """Delete one item of a checkpoint, if it is there; killed at any moment, the rest is good."""
-    entries = _read_manifest(path)
+    entries = contents(path)
     if entries.pop(name, None) is not None:
         _write_manifest(path, entries)
     shutil.rmtree(path / name, ignore_errors=True)
@@ -174,9 +216,9 @@ def drop(path: Path, name: str) -> None:
 def remove(path: Path) -> None:
     """Delete a checkpoint, good or corrupt; killed at any moment, it is whole or gone."""
     staged = _staged(path)
-    shutil.rmtree(staged, ignore_errors=True)
+    _clear(staged)
     path.rename(staged)
-    shutil.rmtree(staged)
+    _clear(staged)
 
 
 def _staged(path: Path) -> Path:
@@ -184,35 +226,74 @@ def _staged(path: Path) -> Path:
     return path.with_name(f"{path.name}.tmp")
 
 
-def _context() -> ocp.Context:
+def _clear(path: Path) -> None:
+    """Delete what is there, a folder or a file."""
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def _check_space(staged: Path, items: dict[str, Any]) -> None:
+    """Raise OSError for want of space before Orbax starts, whose threads would print tracebacks."""
+    arrays = jax.tree.leaves(items)
+    size = sum(array.nbytes + _LEAF_BYTES for array in arrays) + _ITEM_BYTES * (len(items) + 1)
+    if size > (free := shutil.disk_usage(staged).free):
+        reason = f"No space left: a checkpoint may need {size:,} bytes of {free:,}"
+        raise OSError(errno.ENOSPC, reason, str(staged))
+
+
+@contextlib.contextmanager
+def _orbax(path: Path) -> Iterator[None]:
+    """Give Orbax its options, and make one line of its errors, which have many types and pages."""
     context = ocp.Context()
     # Chunks are compressed in parallel: 280 MB of pruned networks take 0.4 s more on two cores, and
     # two thirds of them are never written.
     context.array.saving.storage_options.chunk_byte_size = 2**20
     context.memory.deepcopy_host_arrays = False  # nothing changes them: saving is synchronous
-    return context
+    with context:
+        try:
+            yield
+        except Exception as error:
+            line = " ".join(str(error).split())[:200]
+            full = "No space left" in str(error) or getattr(error, "errno", 0) == errno.ENOSPC
+            code = errno.ENOSPC if full else errno.EIO
+            raise OSError(code, "No space left" if full else f"Orbax: {line}", str(path)) from error
+
+
+def _to_host(name: str, item: PyTree) -> PyTree:
+    """Return the tree as NumPy arrays."""
+
+    def convert(at: Any, leaf: Any) -> np.ndarray:
+        where = "/".join((name, *_names(at)))
+        if jnp.issubdtype(getattr(leaf, "dtype", bool), jax.dtypes.prng_key):
+            raise TypeError(f"{where} is a typed key: save its jax.random.key_data")
+        array = np.asarray(leaf)
+        if not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
+            raise TypeError(f"{where} must be of numbers or bools, got {array.dtype}")
+        return array
+
+    return jax.tree.map_with_path(convert, item)
+
+
+def _names(at: Any) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in at)
+
+
+def _stored(arrays: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """Return what Orbax is given: it takes no empty array, which the manifest alone holds."""
+    return {str(i): array for i, array in enumerate(arrays) if array.size}
 
 
 def _save_item(path: Path, item: PyTree) -> dict[str, Any]:
     """Save one tree with Orbax, and return what the manifest shall hold of it."""
-    leaves = paths_and_leaves(item)
-    for (at, array), (key, _) in zip(jax.tree.leaves_with_path(item), leaves, strict=True):
-        if at and (key.count("/") >= len(at) or not all(key.split("/"))):
-            raise ValueError(f"{path.name}: a key is empty or has a slash in {key!r}")
-        if not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
-            raise TypeError(f"{path.name}/{key} must be of numbers or bools, got {array.dtype}")
-    # Orbax takes neither an empty array nor a tree without leaves: the manifest alone holds those.
-    if stored := {key: array for key, array in leaves if array.size}:
-        with _context():
-            try:
-                ocp.save(str(path.absolute()), stored)
-            except ValueError as error:  # TensorStore's, a page long
-                raise OSError(errno.EIO, "a checkpoint cannot be written", str(path)) from error
+    if stored := _stored(jax.tree.leaves(item)):
+        with _orbax(path):
+            ocp.save(str(path.absolute()), stored)
         for made in (path, *path.rglob("*")):
             files.sync(made)
     saved = sorted(file for file in path.rglob("*") if file.is_file())
     entry = {
-        "leaves": _describe(item),
+        "leaves": [[at, *leaf] for at, leaf in _describe(item).items()],
         "files": {str(file.relative_to(path)): _digest(file) for file in saved},
     }
     with contextlib.suppress(TypeError):
@@ -220,9 +301,10 @@ def _save_item(path: Path, item: PyTree) -> dict[str, Any]:
     return entry
 
 
-def _describe(tree: PyTree) -> dict[str, list[Any]]:
+def _describe(tree: PyTree) -> dict[tuple[str, ...], list[Any]]:
     """Return path -> [dtype, shape], in the order of the leaves."""
-    return {key: [leaf.dtype.name, list(leaf.shape)] for key, leaf in paths_and_leaves(tree)}
+    flat, _ = jax.tree.flatten_with_path(tree)
+    return {_names(at): [leaf.dtype.name, list(leaf.shape)] for at, leaf in flat}
 
 
 def _digest(path: Path) -> str:
@@ -233,13 +315,3 @@ def _digest(path: Path) -> str:
 def _write_manifest(path: Path, entries: dict[str, Any]) -> None:
     body = json.dumps(entries)
     files.write(path / _MANIFEST, f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}")
-
-
-def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
-    try:
-        digest, _, body = (path / _MANIFEST).read_bytes().partition(b"\n")
-    except _MISSING as error:
-        raise CorruptCheckpoint(path, f"{_MANIFEST}: {error.strerror}") from error
-    if hashlib.sha256(body).hexdigest().encode() != digest:
-        raise CorruptCheckpoint(path, f"{_MANIFEST} is not what was saved")
-    return json.loads(body)

@@ -1,113 +1,195 @@
-"""The settings of a run: one frozen dataclass, its presets and its checks. Imports no jax.
+"""The settings of a study and of the command: frozen dataclasses with their checks. Imports no jax.
 
-Every field is a flag of `experiments/sweep.py`. `study` reads the settings from here.
+`Study` is what `run_sweep` and `prune_curve` take; `Config` adds what the command needs to make
+network, data and optimizer. Every field is a flag of `experiments/sweep.py`.
 """
 
 import dataclasses
 import math
+import urllib.parse
 from collections import Counter
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 PRESETS: dict[str, dict[str, int]] = {
     "quick": {"epochs": 2, "seeds": 1},
     "challenge": {"epochs": 20, "seeds": 3},
 }
-Granularity = Literal["weight", "unit"]
-Protocol = Literal["one_shot", "trained"]
-METHODS: tuple[Granularity, ...] = ("weight", "unit")
-PROTOCOLS: tuple[Protocol, ...] = ("one_shot", "trained")
 LEVELS = (0.0, 25.0, 50.0, 60.0, 70.0, 80.0, 90.0, 95.0, 97.0, 99.0)
+GRANULARITIES = ("weight", "unit")
+SCOPES = ("layer", "global")
+PROTOCOLS = ("one_shot", "trained")
 
 
-class TrainingDiverged(ArithmeticError):
-    """A loss that is not finite; the message names the epoch, the level and the seed."""
+class NotFinite(ArithmeticError):
+    """A loss or scores that are not finite; the message names where and when."""
+
+
+class Arm(NamedTuple):
+    """What is compared within a study: a criterion, and how its scores are used."""
+
+    criterion: str
+    granularity: str
+    scope: str
+    protocol: str
+
+    def __str__(self) -> str:
+        return " ".join(self)
+
+    @property
+    def slug(self) -> str:
+        """The name of the arm's files."""
+        return "-".join(urllib.parse.quote(part, safe="(),=") for part in self)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Train a network, prune it at every level, and score them all."""
+class Study:
+    """Seeds × arms × levels. All arms of a seed share its dense run.
 
-    preset: Literal["quick", "challenge"] = "quick"
-    """quick: 2 epochs, 1 seed, minutes. challenge: 20 epochs, 3 seeds, hours on a CPU."""
-
-    dataset: str = "fashion_mnist"
-    """fashion_mnist, mnist, or idx:FOLDER for any data set of four idx files."""
-
-    data_dir: Path | None = None
-    """Folder that holds the four idx files (.gz or not) of the named data set."""
+    An arm is a criterion, a granularity, a scope and a protocol; all combinations are run.
+    """
 
     levels: tuple[float, ...] = LEVELS
     """Sparsities to prune to, in percent of the weights or units of each layer."""
 
-    seeds: int | None = None
-    """Number of seeds, 0 to N-1. Default: the preset's."""
+    seeds: int = 1
+    """Number of seeds, 0 to N-1."""
 
-    epochs: int | None = None
-    """Epochs of training in all, for the dense and the pruned networks. Default: the preset's."""
+    epochs: int = 2
+    """Epochs of training in all, for the dense and the pruned networks."""
 
-    methods: tuple[Granularity, ...] = METHODS
-    """What is pruned as one: single weights, or whole units."""
+    criteria: tuple[Any, ...] = ("magnitude",)
+    """What a weight is worth: magnitude, random, saliency, or module:function of your own."""
 
-    protocols: tuple[Protocol, ...] = PROTOCOLS
+    granularities: tuple[str, ...] = GRANULARITIES
+    """What is pruned as one: single weights, or whole units with all that belongs to them."""
+
+    scopes: tuple[str, ...] = ("layer",)
+    """What competes: the weights or units of a layer, or all of the network (global)."""
+
+    protocols: tuple[str, ...] = PROTOCOLS
     """one_shot: pruned after training. trained: pruned during training, then trained masked."""
 
     batch_size: int = 128
     """Examples in a training batch; an epoch's last partial batch is dropped."""
 
-    learning_rate: float = 1e-3
-    """Adam's step size."""
+    score_batch: int = 512
+    """Training examples that a criterion looks at, drawn once a seed."""
 
-    hidden_sizes: tuple[int, ...] = (1000, 1000, 500, 200)
-    """Units of the hidden layers."""
+    recalibrate: int = 0
+    """Training batches that re-estimate running statistics (BatchNorm's) of one_shot networks."""
 
-    run_dir: Path | None = None
-    """Folder of the run; given again, it goes on there. Default: runs/<dataset>-<preset>."""
+    levels_at_once: int | None = None
+    """Levels computed side by side. Default: all on an accelerator, one by one on a CPU."""
 
     def __post_init__(self) -> None:
-        """Fill in what the preset decides, then check every value.
+        """Check every value.
 
         Raises:
             ValueError: a value is out of range; the message names it and the range.
+            TypeError: a number that must be whole is not.
         """
-        if self.preset not in PRESETS:
-            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
-        for name, value in PRESETS[self.preset].items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-        if self.run_dir is None:
-            run_dir = Path("runs") / f"{self._dataset_name()}-{self.preset}"
-            object.__setattr__(self, "run_dir", run_dir)
-        if not (self.dataset in ("fashion_mnist", "mnist") or self.dataset.startswith("idx:")):
-            raise ValueError(
-                f"dataset must be fashion_mnist, mnist or idx:FOLDER, got {self.dataset!r}"
-            )
+        object.__setattr__(self, "levels", tuple(map(float, self.levels)))
+        for name in ("criteria", "granularities", "scopes", "protocols"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not isinstance(value, list | tuple):
+                raise TypeError(f"{name} must be a tuple, got {value!r}")
+            object.__setattr__(self, name, tuple(value))
         check_levels(self.levels)
-        check_choices("methods", self.methods, METHODS)
+        if not self.criteria:
+            raise ValueError("criteria must name at least one, got none")
+        check_choices("granularities", self.granularities, GRANULARITIES)
+        check_choices("scopes", self.scopes, SCOPES)
         check_choices("protocols", self.protocols, PROTOCOLS)
-        assert self.seeds is not None and self.epochs is not None  # filled in above
-        check_at_least_one(seeds=self.seeds, epochs=self.epochs, batch_size=self.batch_size)
+        check_at_least(1, seeds=self.seeds, epochs=self.epochs, batch_size=self.batch_size)
+        check_at_least(1, score_batch=self.score_batch)
+        check_at_least(0, recalibrate=self.recalibrate)
+        if self.levels_at_once is not None:
+            check_at_least(1, levels_at_once=self.levels_at_once)
+
+    def arms(self, criteria: tuple[str, ...]) -> tuple[Arm, ...]:
+        """Return all arms of criteria of these names, in the order in which they run."""
+        return tuple(
+            Arm(criterion, granularity, scope, protocol)
+            for protocol in self.protocols
+            for criterion in criteria
+            for granularity in self.granularities
+            for scope in self.scopes
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Study):
+    """Train a network, prune it at every level, and score them all."""
+
+    criteria: tuple[str, ...] = ("magnitude",)
+    """What a weight is worth: magnitude, random, saliency, or my_module:my_scores."""
+
+    preset: Literal["quick", "challenge"] = "quick"
+    """quick: 2 epochs, 1 seed, minutes. challenge: 20 epochs, 3 seeds, hours on a CPU."""
+
+    dataset: str = "fashion_mnist"
+    """fashion_mnist, mnist, idx:FOLDER, npz:FILE, folder:DIR, text:FILE or tfds:NAME."""
+
+    data_dir: Path | None = None
+    """Folder that holds the four idx files (.gz or not) of fashion_mnist or mnist."""
+
+    context: int = 128
+    """Tokens in a window of a text."""
+
+    network: str = "mlp"
+    """mlp, convnet, resnet20, transformer, or my_module:make (make(example) -> Network)."""
+
+    task: str | None = None
+    """classification, tokens, regression, or my_module:my_loss. Default: what the targets are."""
+
+    hidden_sizes: tuple[int, ...] = (1000, 1000, 500, 200)
+    """Units of the hidden layers of the mlp."""
+
+    learning_rate: float = 1e-3
+    """Adam's step size."""
+
+    run_dir: Path | None = None
+    """Folder of the run; given again, it goes on there. Default: runs/<dataset>[-<network>]-<preset>."""
+
+    def __post_init__(self) -> None:
+        """Check every value; see `Study`."""
+        super().__post_init__()
+        check_at_least(2, context=self.context)
         if not self.hidden_sizes or min(self.hidden_sizes) < 1:
-            raise ValueError(
-                f"hidden_sizes must be one or more sizes of at least 1, "
-                f"got {list(self.hidden_sizes)}"
-            )
+            sizes = list(self.hidden_sizes)
+            raise ValueError(f"hidden_sizes must be sizes of at least 1, got {sizes}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ValueError(f"learning_rate must be positive and finite, got {self.learning_rate}")
 
+    @property
+    def folder(self) -> Path:
+        """The folder of the run."""
+        other = "" if self.network == "mlp" else f"-{self.network.replace(':', '-')}"
+        return self.run_dir or Path("runs") / f"{self.dataset_name()}{other}-{self.preset}"
+
     def settings(self) -> dict[str, Any]:
         """Return, as plain JSON values, what changes results and `run_sweep` does not see."""
+        sizes = {"hidden_sizes": list(self.hidden_sizes)} if self.network == "mlp" else {}
         return {
-            "dataset": self._dataset_name(),
+            "dataset": self.dataset_name(),
+            "network": self.network,
             "learning_rate": self.learning_rate,
-            "hidden_sizes": list(self.hidden_sizes),
+            **sizes,
         }
 
-    def _dataset_name(self) -> str:
+    def dataset_name(self) -> str:
         """Return the data set without the place where it is kept; its digest is compared too."""
-        return Path(self.dataset.removeprefix("idx:")).resolve().name
+        kind, colon, place = self.dataset.partition(":")
+        if not colon:
+            return kind
+        if kind == "tfds":
+            return place.replace("/", "-").replace(":", "-")
+        path = Path(place).expanduser().resolve()
+        name = path.stem if kind in ("npz", "text") else path.name
+        return "".join(c if c.isprintable() else "_" for c in name) or kind
 
 
 def check_levels(levels: tuple[float, ...]) -> None:
@@ -154,12 +236,14 @@ def check_choices(name: str, given: tuple[str, ...], choices: tuple[str, ...]) -
     if not given or len(set(given)) < len(given) or not set(given) <= set(choices):
         raise ValueError(
             f"{name} must be distinct and among {', '.join(choices)}, "
-            f"got {' '.join(given) or 'none'}"
+            f"got {' '.join(map(str, given)) or 'none'}"
         )
 
 
-def check_at_least_one(**values: int) -> None:
-    """Raise ValueError, naming it, for a value below 1."""
+def check_at_least(least: int, **values: Any) -> None:
+    """Raise TypeError or ValueError, naming it, for what is no whole number or is too small."""
     for name, value in values.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        if not hasattr(value, "__index__") or isinstance(value, bool):
+            raise TypeError(f"{name} must be a whole number, got {value!r}")
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -1,48 +1,105 @@
-"""From parameters and masks to metrics: one level, or all levels in one compiled call.
+"""From parameters, state and masks to metrics: of one level, or of all levels.
 
-Masks come from `masks`, the metrics go into rows by `study`.
+Masks come from `masks`, what is measured from `tasks`; the metrics go into rows by `study`.
 """
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxprune import metrics, trees
+from jaxprune import networks, tasks, trees
 from jaxprune.data import Data, Split
 from jaxprune.masks import apply_masks
-from jaxprune.types import Apply, Array, Masks, Metrics, Params
+from jaxprune.types import Apply, Array, Masks, Network, Params, State, Task
+
+Metrics = dict[str, Array]
+Score = Callable[..., tuple[Metrics, Any]]
+"""`score(params, state, masks, val, test, reference) -> (metrics, predictions)`."""
+
+
+class _Batches(NamedTuple):
+    x: Any  # (batches, batch, ...)
+    y: Any  # (batches, batch, ...)
+    weight: Any  # (batches, batch) int32, 0 where the last batch is padded
+    reference: Any  # (batches, batch, ...), or None
+
+
+def make_score(
+    network: Network,
+    task: Task,
+    *,
+    batch_size: int = 1000,
+    levels_at_once: int | None = None,
+    stepped: bool = False,
+    jit: Callable[[Callable], Callable] = jax.jit,
+) -> Score:
+    """Return the function that scores all levels of a network.
+
+    Args:
+        network: the network.
+        task: what is measured.
+        batch_size: examples in a batch, at most as many as a split has; changes the speed, not the
+            counts.
+        levels_at_once: how many levels are vmapped together, see `trees.map_levels`; not where
+            `stepped`.
+        stepped: False: one pure function over batches and levels, for the caller to compile. True:
+            a function on the host that loops over both and calls small programs, for convolutions
+            on a CPU, which XLA runs ten times slower inside a compiled loop.
+        jit: compiles these programs; it is called here, once for each.
+
+    Returns:
+        `score(params, state, masks, val, test, reference) -> (metrics, predictions)`:
+
+        - params, state, masks: with a leading levels axis in every leaf;
+        - val, test: splits of jax arrays;
+        - reference: predictions on test that churn compares with, (examples, ...), or None;
+        - metrics: by name, each with a levels axis;
+        - predictions: where `reference` is None, those of all levels, (levels, examples, ...), and
+          churn is 0. Otherwise, and where the task has none, None.
+
+    Example:
+        >>> network = networks.as_network(lambda params, x: x @ params["logits"])
+        >>> score = jax.jit(make_score(network, tasks.classification()))
+    """
+    if stepped:
+        return _stepped(network, task, batch_size, jit)
+    return _looped(network, task, batch_size, levels_at_once)
 
 
 def evaluate_levels(
-    apply: Apply,
+    network: Network | Apply,
     params: Params,
     masks: Masks,
     data: Data,
     *,
-    reference: Array | None = None,
+    state: State = None,
+    task: Task | None = None,
+    reference: Any = None,
     batch_size: int = 1000,
-    levels_at_once: int | None = None,
-) -> tuple[Metrics, Array]:
-    """Score the masked network at every level, in one compiled call.
+) -> tuple[Metrics, Any]:
+    """Score the masked network at every level, in one compiled program.
 
     Args:
-        apply: `apply(params, x) -> logits`.
+        network: a `Network`, or `apply(params, x) -> outputs`.
         params: parameters, shared by all levels, or with a leading levels axis in every leaf.
         masks: masks with a leading levels axis.
         data: the splits `val` and `test` are read.
-        reference: (test examples,) int32, the predictions that `churn` compares with: those of
-            the dense network. By default those of the first level.
+        state: the network's; shared where the parameters are, otherwise with a levels axis.
+        task: what is measured; by default what the targets look like, see `tasks.default_task`.
+        reference: (test examples, ...), the predictions that churn compares with: those of the
+            dense network. By default those of the first level.
         batch_size: examples in a batch; changes the speed, not the counts.
-        levels_at_once: how many levels are vmapped together. By default all on an accelerator, and
-            one on a CPU, where more are no faster and take more memory.
 
     Returns:
-        `Metrics` with a leading levels axis, and the predictions on test, (levels, examples) int32.
+        The metrics by name, each with a leading levels axis; and the reference.
 
     Raises:
-        ValueError: masks that do not match the params, or a batch size below 1.
+        ValueError: masks that do not match the params, levels axes of several lengths, a batch size
+            that is no whole number from 1, or data that the network or the task cannot take.
 
     Example:
         >>> images = Split(np.eye(2, dtype=np.float32), np.arange(2, dtype=np.int32))
@@ -50,107 +107,210 @@ def evaluate_levels(
         >>> found, _ = evaluate_levels(
         ...     lambda p, x: x @ p["logits"], {"logits": jnp.eye(2)}, masks, Data(*[images] * 3)
         ... )
-        >>> found.accuracy.tolist()
+        >>> found["accuracy"].tolist()
         [1.0, 0.5]
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if not isinstance(batch_size, int | np.integer) or batch_size < 1:
+        raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size}")
+    params, state = _with_levels(params, {} if state is None else state, masks)
+    task = tasks.default_task(data.test.y) if task is None else task
+    one_params, one_state = jax.eval_shape(lambda levels: _at(levels, 0), (params, state))
+    check_data(network, one_params, one_state, data, task, splits=("val", "test"))
+    if isinstance(network, Network):
+        network = network._replace(prunable=None)  # a tree, maybe, which cannot be hashed
+    score = partial(_score, network=network, task=task, batch_size=int(batch_size))
+    if reference is None and task.predict is not None:
+        first = jax.tree.map(lambda leaf: leaf[:1], (params, state, masks))
+        _, predictions = score(*first, data.val, data.test, None)
+        reference = jax.tree.map(lambda p: p[0], predictions)
+    return score(params, state, masks, data.val, data.test, reference)[0], reference
+
+
+def check_data(
+    network: Network | Apply,
+    params: Params,
+    state: State,
+    data: Data,
+    task: Task,
+    *,
+    splits: Sequence[str] = Data._fields,
+) -> None:
+    """Check that a network can take the data, and a task its outputs; nothing is computed.
+
+    Args:
+        network: a `Network`, or `apply(params, x) -> outputs`.
+        params: parameters without a levels axis, or their shapes.
+        state: likewise.
+        data: arrays in memory.
+        task: whose `check` is called.
+        splits: the names of those that are checked.
+
+    Raises:
+        ValueError: one line that names the split, and the shapes where these do not fit.
+    """
+    apply = networks.as_network(network).apply
+    for name in splits:
+        x, y = getattr(data, name)
+        if len(x) != len(y) or not len(y):
+            raise ValueError(f"{name} has {len(x)} inputs x and {len(y)} targets y")
+        if jnp.issubdtype(x.dtype, jnp.inexact) and not np.isfinite(x).all():
+            raise ValueError(f"{name} x has values that are not finite")
+        try:
+            outputs = jax.eval_shape(apply, params, state, x[:2])
+        except Exception as error:
+            raise ValueError(
+                f"the network cannot take {name} x, {x.dtype} {x.shape}: {tasks.reason(error)}"
+            ) from error
+        try:
+            task.check(outputs, np.asarray(y))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+
+@partial(jax.jit, static_argnames=("network", "task", "batch_size"))
+def _score(*args: Any, network: Network | Apply, task: Task, batch_size: int) -> Any:
+    # Static, so that the next call of the same network and task is of the same program.
+    return make_score(networks.as_network(network), task, batch_size=batch_size)(*args)
+
+
+def _with_levels(params: Params, state: State, masks: Masks) -> tuple[Params, State]:
+    """Return params and state with the levels axis of the masks."""
     if jax.tree.map(jnp.ndim, params) != jax.tree.map(jnp.ndim, masks):
         levels = jax.tree.leaves(masks)[0].shape[:1]
-        params = jax.tree.map(lambda w: jnp.broadcast_to(w, levels + jnp.shape(w)), params)
+        params, state = jax.tree.map(
+            lambda w: jnp.broadcast_to(w, levels + jnp.shape(w)), (params, state)
+        )
     trees.check_match("masks", masks, "params with a levels axis", params)
-    if len({leaf.shape[:1] for leaf in jax.tree.leaves(masks)}) > 1:
+    if len({jnp.shape(leaf)[:1] for leaf in jax.tree.leaves((masks, state))}) > 1:
         raise ValueError(
-            "masks must have a leading levels axis, of one length in all leaves; give "
-            "those of one network as jax.tree.map(lambda m: m[None], masks)"
+            "masks (and the state, where params have it) must have a leading levels axis, of one "
+            "length in all leaves; give those of one network as jax.tree.map(lambda m: m[None], "
+            "masks)"
         )
-    return score(
-        params, masks, data.val, data.test, reference,
-        apply=apply, batch_size=batch_size, levels_at_once=levels_at_once,
-    )  # fmt: skip
+    return params, state
 
 
-@partial(jax.jit, static_argnames=("apply", "batch_size", "levels_at_once"))
-def score(
-    params: Params,
-    masks: Masks,
-    val: Split,
-    test: Split,
-    reference: Array | None,
-    *,
-    apply: Apply,
-    batch_size: int,
-    levels_at_once: int | None,
-) -> tuple[Metrics, Array]:
-    """Compute `evaluate_levels` of stacked params; the one program that a sweep compiles."""
-    val_batches, test_batches = _batches(val, batch_size), _batches(test, batch_size)
+def _looped(network: Network, task: Task, batch_size: int, levels_at_once: int | None) -> Score:
+    def score(
+        params: Params, state: State, masks: Masks, val: Split, test: Split, reference: Any
+    ) -> tuple[Metrics, Any]:
+        val_batches, test_batches = _cut(val, None, batch_size), _cut(test, reference, batch_size)
 
-    def one_level(network: tuple[Params, Masks]) -> tuple[Metrics, Array]:
-        pruned = apply_masks(*network)
-        logits = jax.lax.map(lambda batch: apply(pruned, batch.x), val_batches)
-        temperature = metrics.fit_temperature(
-            logits.reshape(-1, logits.shape[-1]),
-            val_batches.y.ravel(),
-            val_batches.weight.ravel(),
-        )
+        def one_level(level: tuple[Params, State, Masks]) -> tuple[Metrics, Any]:
+            params, state = _masked(level)
 
-        def on_test(batch: _Batches) -> tuple[metrics.Sums, Array]:
-            logits = apply(pruned, batch.x)
-            return _sums(logits, batch, temperature), metrics.predict(logits)
+            def outputs_of(batch: _Batches) -> Any:
+                return network.apply(params, state, batch.x)
 
-        val_sums = jax.vmap(lambda z, batch: _sums(z, batch, temperature))(logits, val_batches)
-        test_sums, predictions = jax.lax.map(on_test, test_batches)
-        return (
-            _finish(_add_up(val_sums), _add_up(test_sums), temperature),
-            predictions.ravel()[: len(test.y)],
-        )
+            def sums_of(batch: _Batches) -> tuple[Any, Any]:
+                return _sums(task, outputs_of(batch), batch, fitted)
 
-    scores, predictions = trees.map_levels(one_level, (params, masks), levels_at_once)
-    changed = predictions != (predictions[:1] if reference is None else reference[None])
-    return scores._replace(churn=jnp.sum(changed, axis=1) / len(test.y)), predictions
+            fitted = None
+            if task.fit is None:
+                val_found = jax.lax.map(sums_of, val_batches)
+            else:
+                outputs = jax.lax.map(outputs_of, val_batches)
+                fitted = _fit(task, outputs, val_batches)
+                val_found = jax.vmap(lambda z, batch: _sums(task, z, batch, fitted))(
+                    outputs, val_batches
+                )
+            test_found = jax.lax.map(sums_of, test_batches)
+            return _finish(task, val_found, test_found, fitted)
+
+        return _collected(trees.map_levels(one_level, (params, state, masks), levels_at_once), test)
+
+    return score
 
 
-class _Batches(NamedTuple):
-    x: Array  # (batches, batch, ...)
-    y: Array  # (batches, batch)
-    weight: Array  # (batches, batch) int32, 0 where the last batch is padded
+def _stepped(network: Network, task: Task, batch_size: int, jit: Callable) -> Score:
+    # A part of a stack or of a split is taken inside a program, which copies that part alone.
+    cut = jit(partial(_cut, size=batch_size))
+    masked = jit(lambda levels, i: _masked(_at(levels, i)))
+    outputs_of = jit(lambda params, state, x, i: network.apply(params, state, _at(x, i)))
+    fit = jit(lambda outputs, batches: _fit(task, trees.stack(outputs), batches))
+    sums_of = jit(lambda outputs, batches, i, fitted: _sums(task, outputs, _at(batches, i), fitted))
+    finish = jit(
+        lambda val, test, fitted: _finish(task, trees.stack(val), trees.stack(test), fitted)
+    )
+    collect = jit(lambda levels, test: _collected(trees.stack(levels), test))
+
+    def one_level(level: Any, val: _Batches, test: _Batches) -> tuple[Metrics, Any]:
+        def outputs(batches: _Batches) -> Iterator[Any]:
+            return (outputs_of(*level, batches.x, i) for i in _indices(batches.weight))
+
+        def sums(outputs: Iterable[Any], batches: _Batches) -> list[tuple[Any, Any]]:
+            return [
+                sums_of(z, batches, i, fitted)
+                for z, i in zip(outputs, _indices(batches.weight), strict=True)
+            ]
+
+        of_val, fitted = outputs(val), None
+        if task.fit is not None:
+            of_val = list(of_val)
+            fitted = fit(of_val, val)
+        return finish(sums(of_val, val), sums(outputs(test), test), fitted)
+
+    def score(
+        params: Params, state: State, masks: Masks, val: Split, test: Split, reference: Any
+    ) -> tuple[Metrics, Any]:
+        val_batches, test_batches = cut(val, None), cut(test, reference)
+        levels = params, state, masks
+        each = [one_level(masked(levels, i), val_batches, test_batches) for i in _indices(levels)]
+        return collect(each, test)
+
+    return score
 
 
-def _batches(split: Split, size: int) -> _Batches:
+def _masked(level: tuple[Params, State, Masks]) -> tuple[Params, State]:
+    params, state, masks = level
+    return apply_masks(params, masks), state
+
+
+def _cut(split: Split, reference: Any, size: int) -> _Batches:
+    """Cut a split, and its reference, into batches, of which the last is padded with zeros."""
     num = len(split.y)
-    padding = -num % size
+    size = min(size, num)
 
     def cut(values: Array) -> Array:
-        values = jnp.pad(values, [(0, padding)] + [(0, 0)] * (values.ndim - 1))
+        values = jnp.pad(values, [(0, -num % size)] + [(0, 0)] * (values.ndim - 1))
         return values.reshape(-1, size, *values.shape[1:])
 
-    return _Batches(
-        cut(jnp.asarray(split.x)), cut(jnp.asarray(split.y)), cut(jnp.ones(num, jnp.int32))
-    )
+    parts = split.x, split.y, jnp.ones(num, jnp.int32), reference
+    return _Batches(*jax.tree.map(lambda values: cut(jnp.asarray(values)), parts))
 
 
-def _sums(logits: Array, batch: _Batches, temperature: Array) -> metrics.Sums:
-    return metrics.batch_sums(logits, batch.y, batch.weight, temperature)
+def _sums(task: Task, outputs: Any, batch: _Batches, fitted: Any) -> tuple[Any, Any]:
+    """Return a batch's sums; and the predictions, where there is no reference."""
+    sums = task.sums(outputs, batch.y, batch.weight, fitted, batch.reference)
+    if task.predict is None or batch.reference is not None:
+        return sums, None
+    return sums, task.predict(outputs)
 
 
-def _add_up(sums: metrics.Sums) -> metrics.Sums:
-    return jax.tree.map(lambda values: jnp.sum(values, axis=0), sums)
+def _fit(task: Task, outputs: Any, batches: _Batches) -> Any:
+    parts = outputs, batches.y, batches.weight
+    return None if task.fit is None else task.fit(*jax.tree.map(_joined, parts))
 
 
-def _finish(val: metrics.Sums, test: metrics.Sums, temperature: Array) -> Metrics:
-    ece, signed_ece = metrics.calibration_errors(test)
-    examples, val_examples = (s.count.astype(s.loss.dtype) for s in (test, val))
-    class_accuracy = test.class_correct / test.class_count  # NaN for a class without examples
-    return Metrics(
-        accuracy=test.correct / test.count,
-        loss=test.loss / examples,
-        ece=ece,
-        signed_ece=signed_ece,
-        temperature=temperature,
-        scaled_loss=test.scaled_loss / examples,
-        churn=jnp.zeros(()),
-        class_accuracy=class_accuracy,
-        worst_class_accuracy=jnp.nanmin(class_accuracy),
-        val_accuracy=val.correct / val.count,
-        val_loss=val.loss / val_examples,
-    )
+def _finish(task: Task, val: Any, test: Any, fitted: Any) -> tuple[Metrics, Any]:
+    """Return the metrics and the predictions on test, of what `_sums` found of each batch."""
+    val_sums, test_sums = jax.tree.map(lambda each: jnp.sum(each, axis=0), (val[0], test[0]))
+    return task.finish(val_sums, test_sums, fitted), jax.tree.map(_joined, test[1])
+
+
+def _collected(levels: tuple[Metrics, Any], test: Split) -> tuple[Metrics, Any]:
+    """Cut the padding off the predictions, (levels, padded examples, ...)."""
+    metrics, predictions = levels
+    return metrics, jax.tree.map(lambda p: p[:, : len(test.y)], predictions)
+
+
+def _joined(values: Array) -> Array:
+    return values.reshape(-1, *values.shape[2:])
+
+
+def _at(tree: Any, i: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), tree)
+
+
+def _indices(tree: Any) -> Sequence[np.int32]:
+    return [np.int32(i) for i in range(len(jax.tree.leaves(tree)[0]))]

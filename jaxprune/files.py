@@ -1,9 +1,12 @@
-"""Files that are written whole or not at all; those of runs, checkpoints and sparse networks."""
+"""Files that are written whole or not at all, and functions found by name in a user's files."""
 
 import contextlib
+import importlib
 import os
 import secrets
+import sys
 from pathlib import Path
+from typing import Any
 
 
 def write(path: Path, data: bytes | str) -> None:
@@ -38,3 +41,38 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def import_function(spec: str) -> Any:
+    """Return what `module:function` names; modules are found in the current directory too.
+
+    As with `python -m`, the current directory comes first in `sys.path` from then on, so that the
+    module may import its neighbours, now or later.
+
+    Args:
+        spec: such as `my_module:my_scores`.
+
+    Raises:
+        ValueError: in one line, it is not of that form, the module does not import (and why), or
+            it has no such function.
+
+    Example:
+        >>> import_function("math:sqrt")(9)
+        3.0
+    """
+    module, _, name = spec.partition(":")
+    if not module or not name.isidentifier():
+        raise ValueError(f"expected module:function, got {spec!r}")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    importlib.invalidate_caches()  # for a file written since
+    try:
+        found = importlib.import_module(module)
+    except (Exception, SystemExit) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{spec}: importing {module} failed: {reason}") from error
+    if not hasattr(found, name):
+        raise ValueError(f"{spec}: {module} has no {name!r}")
+    if not callable(function := getattr(found, name)):
+        raise ValueError(f"{spec} is no function but of type {type(function).__name__}")
+    return function

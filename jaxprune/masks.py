@@ -1,9 +1,10 @@
-"""From scores and counts to masks, for a granularity and a scope; what masks do and say.
+"""From scores and counts to masks, for any granularity; what masks do and say.
 
-Scores come from `scores`, counts from `sparsity`; `train` and `evaluate` take the masks.
+Scores come from `criteria`, counts from `distribution`; `train` and `evaluate` take the masks.
 """
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,38 +13,34 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxprune import select, trees
-from jaxprune.scores import magnitude
-from jaxprune.sparsity import check_choice, check_unit_axis, counts, num_elements
-from jaxprune.types import Array, Counts, Granularity, Masks, Params, Prunable, Scope, Scores
+from jaxprune.distribution import counts
+from jaxprune.granularity import unit, weight
+from jaxprune.types import Array, Counts, Granularity, Masks, Params, Pieces, Prunable, Scores
 
 
 def masks_at(
     scores: Scores,
     counts: Counts,
     *,
-    granularity: Granularity = "weight",
-    scope: Scope = "layer",
-    prunable: Prunable | None = None,
-    unit_axis: int = -1,
+    granularity: Granularity | None = None,
     within: Masks | None = None,
 ) -> Masks:
-    r"""Prune the `counts` lowest scores; among equal ones the lower flat index goes first.
+    r"""Prune the `counts` lowest pieces; among equal ones the lower flat index goes first.
 
-    A unit's score is the L2 norm of the scores of its weights, $\sqrt{\sum_i s_i^2}$. Masks of
-    rising counts are nested. Pure and traceable: counts are values, so one compiled program gives
-    every level.
+    Masks of rising counts are nested. Pure and traceable: counts are values, so one compiled
+    program gives every level.
 
     Args:
         scores: a tree of real numbers, higher is more important; what is not prunable is ignored.
-        counts: what `sparsity.counts` returns for the same granularity, scope and predicate, with
-            or without a leading levels axis.
-        granularity: `weight`, or `unit`: an index of the axis `unit_axis` of a leaf.
-        scope: `layer`: leaves compete with themselves; `global`: all prunable leaves with each
-            other, nothing normalised, ties in flatten order.
-        prunable: which leaves take part; see `trees.prunable_leaves`.
-        unit_axis: the axis whose indices are units.
-        within: masks (without a levels axis) that the result is nested in: what they prune goes
-            first, whatever its score, and stays pruned where it is more than the counts.
+            Under `jit`, NaN counts as lowest.
+        counts: what `distribution.counts` returns for the same granularity: a tree like its pieces,
+            each leaf of which competes with itself, or one array for all of them together, nothing
+            normalised, ties in flatten order. With or without a leading levels axis.
+        granularity: what is pruned as one; by default `granularity.weight()`.
+        within: masks (without a levels axis) that the result is nested in: pieces of which they
+            keep nothing go first, whatever their score, and stay pruned where they are more than
+            the counts. Of the masks too the granularity's `rank` is asked: a piece of which
+            something is kept ranks above zero.
 
     Returns:
         The tree of the scores, bool, True is kept, all True where not prunable; with the levels
@@ -51,99 +48,100 @@ def masks_at(
 
     Raises:
         ValueError: trees or shapes that differ, counts out of range, scores that are NaN or
-            infinite (where concrete), an unknown granularity or scope, a unit axis that a leaf
-            lacks.
+            infinite (where concrete), or a granularity whose pieces compete in windows.
         TypeError: a selected leaf that is not of real floating point numbers, or counts that are
             not integers.
 
     Example:
-        >>> scores = {"dense": jnp.array([[3.0, 1.0, 2.0]]), "logits": jnp.ones((3, 2))}
-        >>> masks_at(scores, {"dense": 1, "logits": 0})["dense"].tolist()
+        >>> masks_at({"kernel": jnp.array([[3.0, 1.0, 2.0]])}, {"kernel": 1})["kernel"].tolist()
         [[True, False, True]]
     """
-    check_choice("granularity", granularity, ("weight", "unit"))
-    check_choice("scope", scope, ("layer", "global"))
-    flags = trees.prunable_leaves(scores, prunable)
-    paths, leaves = zip(*trees.paths_and_leaves(scores), strict=True) if flags else ((), ())
-    for path, leaf, flag in zip(paths, leaves, flags, strict=True):
-        if flag and _concrete(leaf) and not np.isfinite(np.asarray(leaf, np.float64)).all():
-            raise ValueError(f"scores of leaf {path!r} contain NaN or infinite values")
-    if within is not None:
-        trees.check_match("within", within, "scores", scores)
-    leaves = [jnp.asarray(leaf) for leaf in leaves]
-    earlier = [jnp.asarray(m, bool) for m in jax.tree.leaves(within)] or [None] * len(leaves)
-    flat = [
-        _rankable(leaf, mask, granularity, unit_axis) if flag else None
-        for leaf, mask, flag in zip(leaves, earlier, flags, strict=True)
-    ]
-    if scope == "global":
-        kept = _keep_globally(flat, counts)
+    granularity = granularity or weight()
+    pieces = granularity.rank(scores)
+    _check_finite(scores, pieces)
+    if within is None:
+        return granularity.spread(keep_pieces(pieces, counts, granularity), scores)
+    trees.check_match("within", within, "scores", scores)
+    within = jax.tree.map(lambda mask: jnp.asarray(mask, bool), within)
+    alive = granularity.rank(jax.tree.map(_where_scored, within, scores))
+    pieces = jax.tree.map(_dead_first, pieces, alive)
+    masks = granularity.spread(keep_pieces(pieces, counts, granularity), scores)
+    return jax.tree.map(lambda m, w: m & jnp.expand_dims(w, range(m.ndim - w.ndim)), masks, within)
+
+
+def keep_pieces(pieces: Pieces, counts: Counts, granularity: Granularity) -> Pieces:
+    """Return which pieces are kept, bool (*levels, pieces); see `masks_at`."""
+    if granularity.within is not None:
+        raise ValueError(
+            f"granularity {granularity.name!r} has pieces that compete in windows of "
+            f"{granularity.within}, which no selection does yet"
+        )
+    structure = jax.tree.structure(pieces)
+    if jax.tree.structure(counts) == structure:
+        kept = _keep_by_leaf(trees.paths_and_leaves(pieces), jax.tree.leaves(counts))
+    elif jax.tree.structure(counts) == jax.tree.structure(0):
+        kept = _keep_globally(jax.tree.leaves(pieces), counts)
     else:
-        kept = _keep_by_layer(flat, counts, scores, paths)
-    levels = jnp.shape(jax.tree.leaves(counts)[0])[:1] if flags else ()
-    masks = [
-        jnp.ones((*levels, *leaf.shape), bool)
-        if keep is None
-        else _spread(keep if levels else keep[0], mask, leaf.shape, granularity, unit_axis)
-        for keep, mask, leaf in zip(kept, earlier, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(jax.tree.structure(scores), masks)
+        raise ValueError(
+            f"counts must be one array, or a tree like the pieces, {structure}, got "
+            f"{jax.tree.structure(counts)}; are they of another granularity?"
+        )
+    return jax.tree.unflatten(structure, kept)
 
 
 def weight_masks(
-    params: Params,
-    sparsity: Any,
-    *,
-    scope: Scope = "layer",
-    prunable: Prunable | None = None,
+    params: Params, sparsity: Any, *, scope: str = "layer", prunable: Prunable = None
 ) -> Masks:
-    """Prune the weights of smallest magnitude; see `masks_at` and `sparsity.counts`.
+    """Prune the weights of smallest magnitude; see `masks_at` and `distribution.counts`.
 
     Args:
         params: any nested dict, list or tuple of arrays.
         sparsity: in [0, 1], or a sequence of these, which gives the masks a levels axis.
         scope: `layer` or `global`.
-        prunable: which leaves take part.
+        prunable: which leaves take part; by default all of two axes or more, also embeddings and
+            the last layer, which `structure.prunable` leaves out.
 
     Example:
-        >>> params = {"dense": jnp.array([[3.0, -1.0]]), "logits": jnp.ones((2, 2))}
-        >>> weight_masks(params, 0.5)["dense"].tolist()
+        >>> weight_masks({"kernel": jnp.array([[3.0, -1.0]])}, 0.5)["kernel"].tolist()
         [[True, False]]
 
     Reference:
         Han, Pool, Tran, Dally. Learning both Weights and Connections for Efficient Neural
         Networks. NeurIPS 2015.
     """
-    options: dict[str, Any] = {"granularity": "weight", "scope": scope, "prunable": prunable}
-    return masks_at(magnitude(params), counts(params, sparsity, **options), **options)
+    return _by_magnitude(params, sparsity, weight(prunable), scope)
 
 
 def unit_masks(
     params: Params,
     sparsity: Any,
     *,
-    scope: Scope = "layer",
-    prunable: Prunable | None = None,
-    unit_axis: int = -1,
+    scope: str = "layer",
+    prunable: Prunable = None,
+    layers: Sequence[Any] | None = None,
 ) -> Masks:
-    """Prune the units of smallest L2 norm, whole; see `masks_at` and `sparsity.counts`.
+    """Prune the units of smallest L2 norm, whole; see `masks_at` and `granularity.unit`.
 
     Args:
         params: any nested dict, list or tuple of arrays.
         sparsity: in [0, 1] of the units, or a sequence of these.
         scope: `layer` or `global`.
-        prunable: which leaves take part.
-        unit_axis: the axis whose indices are units; the last of a Flax kernel.
+        prunable: which leaves take part; see `granularity.unit`.
+        layers: what `structure.layers` returns; without it units are indices of the last axis.
 
     Example:
-        >>> params = {"dense": jnp.array([[3.0, -1.0], [1.0, 1.0]]), "logits": jnp.ones((2, 2))}
-        >>> unit_masks(params, 0.5)["dense"].tolist()
+        >>> unit_masks({"kernel": jnp.array([[3.0, -1.0], [1.0, 1.0]])}, 0.5)["kernel"].tolist()
         [[True, False], [True, False]]
     """
-    options: dict[str, Any] = {
-        "granularity": "unit", "scope": scope, "prunable": prunable, "unit_axis": unit_axis,
-    }  # fmt: skip
-    return masks_at(magnitude(params), counts(params, sparsity, **options), **options)
+    return _by_magnitude(params, sparsity, unit(prunable, layers), scope)
+
+
+def _by_magnitude(params: Params, sparsity: Any, granularity: Granularity, scope: str) -> Masks:
+    def magnitude(leaf: Any) -> Any:
+        return jnp.abs(leaf) if jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating) else leaf
+
+    pruned = counts(params, sparsity, granularity=granularity, scope=scope)
+    return masks_at(jax.tree.map(magnitude, params), pruned, granularity=granularity)
 
 
 def apply_masks(params: Params, masks: Masks) -> Params:
@@ -178,19 +176,23 @@ def check_masks(masks: Masks, params: Params) -> None:
             raise TypeError(f"mask {path!r} must be bool, got {jnp.result_type(mask)}")
 
 
-def sparsity_of(masks: Masks, *, prunable: Prunable | None = None) -> float:
+def sparsity_of(masks: Masks, *, prunable: Prunable = None) -> float:
     """Return the achieved sparsity: the share of the prunable weights that is pruned.
 
     Args:
         masks: concrete masks of one network (no levels axis).
-        prunable: which leaves are counted; `lambda path, leaf: True` counts all weights.
+        prunable: which leaves are counted, as they were selected; by default all of two axes or
+            more. `lambda path, leaf: True` counts all weights.
 
     Returns:
         A fraction in [0, 1], from exact counts; 0 where nothing is prunable.
 
     Raises:
-        ValueError: no path contains `logits` and no `prunable` is given.
         TypeError: the masks are traced.
+
+    Example:
+        >>> sparsity_of({"bias": jnp.array([True]), "kernel": jnp.array([[True, False]])})
+        0.5
     """
     flags = trees.prunable_leaves(masks, prunable)
     chosen = [m for m, flag in zip(jax.tree.leaves(masks), flags, strict=True) if flag]
@@ -200,103 +202,82 @@ def sparsity_of(masks: Masks, *, prunable: Prunable | None = None) -> float:
     return sum(np.size(m) - int(np.count_nonzero(m)) for m in chosen) / max(size, 1)
 
 
-def warn_of_emptied(
-    params: Params, counts: Counts, granularity: Granularity, prunable: Prunable | None = None
-) -> None:
+def warn_of_emptied(params: Params, counts: Counts, granularity: Granularity) -> None:
     """Warn, once, of the leaves that some level prunes whole; such a network is constant.
 
     Global counts tell only whether all leaves are.
     """
-    flags = trees.prunable_leaves(params, prunable)
-    sizes = {
-        path: num_elements(np.shape(leaf), granularity)
-        for (path, leaf), flag in zip(trees.paths_and_leaves(params), flags, strict=True)
-        if flag
-    }
-    if jax.tree.structure(counts) == jax.tree.structure(params):
+    pieces = granularity.cost(params)
+    sizes = {path: leaf.size for path, leaf in trees.paths_and_leaves(pieces) if leaf.size}
+    if jax.tree.structure(counts) == jax.tree.structure(pieces):
         of_leaf = dict(trees.paths_and_leaves(counts))
         emptied = [path for path, size in sizes.items() if np.max(of_leaf[path]) == size]
     else:
         emptied = list(sizes) if np.max(counts) == sum(sizes.values()) else []
     if emptied:
         warnings.warn(
-            f"the highest level prunes every {granularity} of {', '.join(emptied)}", stacklevel=2
+            f"the highest level prunes every {granularity.name} of {', '.join(emptied)}",
+            stacklevel=2,
         )
-
-
-def unit_norms(x: Array, unit_axis: int) -> Array:
-    """Return the L2 norm of what belongs to each index of an axis, in float32 or float64."""
-    x = _wide(x)
-    axes = tuple(a for a in range(x.ndim) if a != unit_axis % x.ndim)
-    # A power of two, which is exact, keeps squares in range.
-    exponents = jnp.frexp(jnp.max(jnp.abs(x), axis=axes, keepdims=True))[1]
-    exponents = jnp.clip(exponents, -126, 126)
-    squares = jnp.square(x * jnp.ldexp(jnp.ones((), x.dtype), -exponents))
-    return jnp.ldexp(jnp.sqrt(jnp.sum(squares, axis=axes)), jnp.squeeze(exponents, axes))
-
-
-def _wide(x: Array) -> Array:
-    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)  # exact for narrower types
-
-
-def _concrete(x: Any) -> bool:
-    return not isinstance(x, Tracer)
 
 
 def _has_zero(leaf: Any) -> bool:
     return not jnp.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.extended)
 
 
-def _rankable(
-    leaf: Array, mask: Array | None, granularity: Granularity, unit_axis: int
-) -> Array:  # fmt: skip
-    """Return the scores that compete, flat; those already pruned come first."""
-    leaf = _wide(leaf)
-    if granularity == "unit":
-        check_unit_axis(leaf.shape, unit_axis)
-        axes = tuple(a for a in range(leaf.ndim) if a != unit_axis % leaf.ndim)
-        leaf = unit_norms(leaf, unit_axis)
-        mask = None if mask is None else jnp.any(mask, axis=axes)
-    return (leaf if mask is None else jnp.where(mask, leaf, -jnp.inf)).ravel()
+def _check_finite(scores: Scores, pieces: Pieces) -> None:
+    """Raise ValueError, naming the leaf, where scores that take part are not finite."""
+
+    def infinite(leaf: Any) -> bool:
+        if isinstance(leaf, Tracer) or not jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating):
+            return False
+        return not np.isfinite(np.asarray(leaf, np.float64)).all()
+
+    ranked = {path: infinite(leaf) for path, leaf in trees.paths_and_leaves(pieces)}
+    if any(ranked.values()):
+        for path, leaf in trees.paths_and_leaves(scores):  # a norm of finite ones may be too large
+            if ranked.get(path, True) and infinite(leaf):
+                raise ValueError(f"scores of leaf {path!r} contain NaN or infinite values")
 
 
-def _keep_by_layer(
-    flat: list[Array | None], counts: Counts, scores: Scores, paths: tuple[str, ...]
-) -> list[Array | None]:
-    counts_tree = jax.tree.structure(counts)
-    if counts_tree != jax.tree.structure(scores):
-        raise ValueError(
-            f"counts must be a tree like the scores, {jax.tree.structure(scores)}, "
-            f"got {counts_tree}; are they of another scope?"
-        )
-    leaf_counts = jax.tree.leaves(counts)
-    for path, count, x in zip(paths, leaf_counts, flat, strict=True):
-        _check_count(f"counts of leaf {path!r}", count, 0 if x is None else x.size)
-        if np.shape(count) != np.shape(leaf_counts[0]):
+def _where_scored(mask: Array, score: Any) -> Array:
+    """Return a mask as it is where there are scores, so that the same leaves are prunable."""
+    return mask if jnp.issubdtype(jnp.asarray(score).dtype, jnp.floating) else mask.astype(jnp.int8)
+
+
+def _dead_first(pieces: Array, alive: Array) -> Array:
+    """Rank the pieces of which nothing is left below all others, also below NaN."""
+    lowest = jnp.full_like(pieces, jnp.finfo(pieces.dtype).min)
+    pieces = jnp.where(jnp.isnan(pieces), lowest, pieces)
+    return jnp.where(alive.astype(bool), pieces, -jnp.inf)
+
+
+def _keep_by_leaf(pieces: list[tuple[str, Array]], counts: list[Any]) -> list[Array]:
+    for (path, x), count in zip(pieces, counts, strict=True):
+        _check_count(f"counts of leaf {path!r}", count, x.size)
+        if np.shape(count) != np.shape(counts[0]):
             raise ValueError(
-                f"counts of leaf {path!r} have shape {np.shape(count)}, those of {paths[0]!r} "
-                f"{np.shape(leaf_counts[0])}: all need the same levels"
+                f"counts of leaf {path!r} have shape {np.shape(count)}, those of {pieces[0][0]!r} "
+                f"{np.shape(counts[0])}: all need the same levels"
             )
-    return [
-        None if x is None else select.keep_largest(x, _row(count))
-        for x, count in zip(flat, leaf_counts, strict=True)
-    ]
+    return [_keep(x, count) for (_, x), count in zip(pieces, counts, strict=True)]
 
 
-def _keep_globally(flat: list[Array | None], counts: Counts) -> list[Array | None]:
-    sizes = [0 if x is None else x.size for x in flat]
-    if jax.tree.structure(counts) != jax.tree.structure(0):
-        raise ValueError(
-            "counts of scope 'global' must be one array, got a tree; are they of scope 'layer'?"
-        )
+def _keep_globally(pieces: list[Array], counts: Any) -> list[Array]:
+    sizes = [x.size for x in pieces]
     _check_count("counts", counts, sum(sizes))
-    if not sum(sizes):
-        return flat
-    chosen = [x for x in flat if x is not None]
-    dtype = jnp.float64 if any(x.dtype == jnp.float64 for x in chosen) else jnp.float32
-    kept = select.keep_largest(jnp.concatenate([x.astype(dtype) for x in chosen]), _row(counts))
-    parts = iter(jnp.split(kept, np.cumsum([x.size for x in chosen])[:-1], axis=1))
-    return [None if x is None else next(parts) for x in flat]
+    chosen = [x for x in pieces if x.size] or [jnp.zeros(0)]
+    dtype = jnp.result_type(*(x.dtype for x in chosen))
+    kept = _keep(jnp.concatenate([x.astype(dtype) for x in chosen]), counts)
+    return jnp.split(kept, np.cumsum(sizes)[:-1], axis=-1) if sizes else []
+
+
+def _keep(pieces: Array, counts: Any) -> Array:
+    """Return what is kept of some pieces, (*levels, pieces)."""
+    if not pieces.size:
+        return jnp.ones((*jnp.shape(counts), 0), bool)
+    kept = select.keep_largest(pieces, jnp.atleast_1d(jnp.asarray(counts, jnp.int32)))
+    return kept if jnp.ndim(counts) else kept[0]
 
 
 def _check_count(name: str, count: Any, size: int) -> None:
@@ -308,26 +289,6 @@ def _check_count(name: str, count: Any, size: int) -> None:
         raise ValueError(
             f"{name} must be a number or have one levels axis, got shape {jnp.shape(count)}"
         )
-    if _concrete(count) and np.size(count) and not (0 <= np.min(count) and np.max(count) <= size):
+    concrete = not isinstance(count, Tracer)
+    if concrete and np.size(count) and not (0 <= np.min(count) and np.max(count) <= size):
         raise ValueError(f"{name} must be in [0, {size}], got {np.asarray(count).tolist()}")
-
-
-def _row(count: Any) -> Array:
-    return jnp.atleast_1d(jnp.asarray(count, jnp.int32))
-
-
-def _spread(
-    keep: Array,
-    within: Array | None,
-    shape: tuple[int, ...],
-    granularity: Granularity,
-    unit_axis: int,
-) -> Array:
-    """Give kept elements, (..., n), the shape of their leaf, reviving nothing."""
-    levels = keep.shape[:-1]
-    if granularity == "unit":
-        axis = unit_axis % len(shape)
-        ones = [shape[a] if a == axis else 1 for a in range(len(shape))]
-        keep = jnp.broadcast_to(keep.reshape(*levels, *ones), (*levels, *shape))
-    keep = keep.reshape(*levels, *shape)
-    return keep if within is None else keep & jnp.expand_dims(within, range(len(levels)))

@@ -19,10 +19,10 @@ _INDEX_BITS = 11
 def keep_largest(scores: Array, counts: Array) -> Array:
     """Keep all but the `counts` smallest scores; among equal ones the lower index goes first.
 
-    Scores are ordered as numbers; -0 equals 0.
+    Scores are ordered as numbers; -0 equals 0, and NaN is lowest.
 
     Args:
-        scores: (n,) real numbers without NaN, n at least 1.
+        scores: (n,) real numbers, n at least 1.
         counts: (levels,) int32 in [0, n].
 
     Returns:
@@ -48,7 +48,8 @@ def _ordered_bits(scores: Array) -> Array:
     sign = jnp.array(1 << (8 * bits.dtype.itemsize - 1), dtype)
     # On bits, since a CPU that flushes denormals takes them for zeros in a comparison of floats.
     bits = jnp.where(bits == sign, jnp.zeros_like(bits), bits)
-    return jnp.where(bits >= sign, ~bits, bits | sign)
+    ordered = jnp.where(bits >= sign, ~bits, bits | sign)
+    return jnp.where(jnp.isnan(scores), jnp.zeros_like(ordered), ordered)
 
 
 def _by_sort(bits: Array, counts: Array) -> Array:

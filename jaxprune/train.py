@@ -11,123 +11,204 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune import metrics, trees
+from jaxprune import trees
 from jaxprune.masks import apply_masks
-from jaxprune.types import Apply, Array, Masks, Params
+from jaxprune.tasks import classification, mean_loss
+from jaxprune.types import Array, Key, Masks, Network, Params, State, Task
 
 
 class TrainState(NamedTuple):
     """What training carries from step to step, with a leading levels axis or without."""
 
     params: Params
+    state: State
     opt_state: Any
 
 
 Train = Callable[..., tuple[TrainState, Array]]
-"""`train(state, masks, x, y, batches, first, last) -> (state, losses)`; see `make_train`."""
+"""`train(carry, masks, x, y, batches, key, first, last) -> (carry, losses)`; see `make_train`."""
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """Return the state before the first step."""
-    return TrainState(params, optimizer.init(params))
+def init_state(network: Network, key: Key, optimizer: optax.GradientTransformation) -> TrainState:
+    """Return what training starts from.
+
+    Raises:
+        TypeError: a parameter is not of floating point numbers; names the leaf.
+    """
+    params, state = network.init(key)
+    for path, leaf in trees.paths_and_leaves(params):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            raise TypeError(
+                f"leaf {path!r} is of {jnp.result_type(leaf)} and cannot be trained: keep it out "
+                "of the parameters, in the network's state or in `apply`"
+            )
+    return TrainState(params, state, optimizer.init(params))
 
 
 def make_step(
-    apply: Apply,
-    optimizer: optax.GradientTransformation,
-    *,
-    loss: Callable[[Array, Array], Array] = metrics.cross_entropy,
-) -> Callable[[TrainState, Masks, Any, Any], tuple[TrainState, Array]]:
-    """Return `step(state, masks, x, y) -> (state, loss)`, of one network and one batch.
+    network: Network, task: Task, optimizer: optax.GradientTransformation
+) -> Callable[..., tuple[TrainState, Array]]:
+    """Return `step(carry, masks, x, y, key) -> (carry, loss)`, of one network and one batch.
 
-    Arguments as in `make_train`, without a levels axis; the loss is the batch's mean, before the
-    update.
+    Arguments as in `make_train`, without a levels axis; the loss is the batch's, sum(losses) /
+    sum(weights), before the update.
     """
 
-    def step(state: TrainState, masks: Masks, x: Any, y: Any) -> tuple[TrainState, Array]:
-        def mean_loss(params: Params) -> Array:
-            return jnp.mean(loss(apply(apply_masks(params, masks), x), y))
+    def step(
+        carry: TrainState, masks: Masks, x: Any, y: Any, key: Key
+    ) -> tuple[TrainState, Array]:  # fmt: skip
+        def loss_of(params: Params) -> tuple[Array, State]:
+            outputs, state = network.train(apply_masks(params, masks), carry.state, x, key)
+            return mean_loss(task, outputs, y), state
 
-        value, gradients = jax.value_and_grad(mean_loss)(state.params)
+        (value, state), gradients = jax.value_and_grad(loss_of, has_aux=True)(carry.params)
         with jax.numpy_dtype_promotion("standard"):  # Adam's 0.9**count is not strict
-            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = apply_masks(optax.apply_updates(state.params, updates), masks)
-        return TrainState(params, opt_state), value
+            updates, opt_state = optimizer.update(gradients, carry.opt_state, carry.params)
+        params = apply_masks(optax.apply_updates(carry.params, updates), masks)
+        return TrainState(params, state, opt_state), value
 
     return step
 
 
 def make_train(
-    apply: Apply,
+    network: Network,
     optimizer: optax.GradientTransformation,
     *,
-    loss: Callable[[Array, Array], Array] = metrics.cross_entropy,
+    task: Task | None = None,
     levels_at_once: int | None = None,
+    stepped: bool = False,
+    jit: Callable[[Callable], Callable] = jax.jit,
 ) -> Train:
-    r"""Return a pure function that trains all levels for some steps under their masks.
+    r"""Return a function that trains all levels for some steps under their masks.
 
     The loss is of the masked network, $L(m \odot w)$, and the masks are applied again after the
     optimizer's update, so that momentum and weight decay cannot revive a pruned weight: it is
     exactly zero after every step.
 
     Args:
-        apply: `apply(params, x) -> logits`.
+        network: what is trained.
         optimizer: any optax transformation.
-        loss: per-example loss of (logits, labels).
+        task: its loss is minimised; by default `tasks.classification()`.
         levels_at_once: how many levels are vmapped together; see `trees.map_levels`.
+        stepped: False: one pure function, to be jitted once. True: a function of the host that
+            compiles one step and calls it level by level, for networks that XLA runs slowly inside
+            of compiled loops, as convolutions on a CPU (jax 0.10).
+        jit: how the step is compiled then.
 
     Returns:
-        `train(state, masks, x, y, batches, first, last) -> (state, losses)`, to be jitted once:
+        `train(carry, masks, x, y, batches, key, first, last) -> (carry, losses)`:
 
-        - state: a `TrainState` with a leading levels axis in every leaf;
+        - carry: a `TrainState` with a leading levels axis in every leaf;
         - masks: likewise;
-        - x, y: training examples, (examples, ...), and labels, (examples,);
+        - x, y: training examples and targets, (examples, ...);
         - batches: (steps, batch) int32, the examples of each step, the same for all levels;
+        - key: of the epoch; step i gets `fold_in(key, i)`, the same for all levels;
         - first, last: (), int32; the steps first … last − 1 are made. Values, so that one program
           serves calls of any length; the result does not depend on how steps are split into calls;
-        - losses: (levels, steps), each step's mean loss before its update, 0 for the other steps.
-
-        It raises TypeError for a parameter that is not of floating point numbers.
+        - losses: (levels, steps), each step's loss before its update, 0 for the other steps.
 
     Example:
-        >>> optimizer = optax.sgd(0.1)
-        >>> train = jax.jit(make_train(lambda params, x: x @ params["logits"], optimizer))
+        >>> net = jp.network(lambda key: {"w": jnp.ones((2, 3))}, lambda params, x: x @ params["w"])
+        >>> train = jax.jit(make_train(net, optax.sgd(0.1)))
     """
-    step = make_step(apply, optimizer, loss=loss)
+    step = make_step(network, task or classification(), optimizer)
+
+    def numbered(
+        carry: TrainState, masks: Masks, x: Any, y: Any, batches: Array, key: Key, i: Any
+    ) -> tuple[TrainState, Array]:
+        return step(carry, masks, x[batches[i]], y[batches[i]], jax.random.fold_in(key, i))
 
     def train(
-        state: TrainState,
-        masks: Masks,
-        x: Array,
-        y: Array,
-        batches: Array,
-        first: Array,
-        last: Array,
-    ) -> tuple[TrainState, Array]:
-        for path, leaf in trees.paths_and_leaves(state.params):
-            if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-                raise TypeError(
-                    f"leaf {path!r} is of {leaf.dtype} and cannot be trained: keep it out of the "
-                    "parameters, in `apply`"
-                )
-
+        carry: TrainState, masks: Masks, x: Any, y: Any, batches: Array, key: Key,
+        first: Any, last: Any,
+    ) -> tuple[TrainState, Array]:  # fmt: skip
         def one_level(level: tuple[TrainState, Masks]) -> tuple[TrainState, Array]:
-            state, masks = level
+            carry, masks = level
 
-            def one_step(i: Array, carry: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
-                state, losses = carry
-                state, value = step(state, masks, x[batches[i]], y[batches[i]])
-                return state, losses.at[i].set(value)
+            def one_step(i: Array, so_far: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
+                carry, losses = so_far
+                carry, value = numbered(carry, masks, x, y, batches, key, i)
+                return carry, losses.at[i].set(value)
 
             losses = jnp.zeros(len(batches))
-            return jax.lax.fori_loop(first, last, one_step, (state, losses))
+            return jax.lax.fori_loop(first, last, one_step, (carry, losses))
 
-        return trees.map_levels(one_level, (state, masks), levels_at_once)
+        return trees.map_levels(one_level, (carry, masks), levels_at_once)
+
+    return _on_host(jit(numbered)) if stepped else train
+
+
+def _on_host(step: Callable) -> Train:
+    """Return `make_train`'s function with its loops on the host."""
+
+    def train(carry: TrainState, masks: Masks, *args: Any) -> tuple[TrainState, Array]:
+        *data, first, last = args
+        trained, losses = [], []
+        for level, mask in zip(trees.unstack(carry), trees.unstack(masks), strict=True):
+            values = [jnp.zeros(())] * len(data[2])
+            for i in range(int(first), int(last)):
+                level, values[i] = step(level, mask, *data, jnp.int32(i))
+            trained.append(level)
+            losses.append(jnp.stack(values))
+        return trees.stack(trained), jnp.stack(losses)
 
     return train
 
 
-def batch_indices(key: Array, examples: int, batch_size: int) -> Array:
+def make_recalibrate(
+    network: Network, *, stepped: bool = False, jit: Callable[[Callable], Callable] = jax.jit
+) -> Callable[..., State]:
+    """Return a function that estimates the state of pruned networks anew, such as BatchNorm's.
+
+    It runs batches through the masked networks as training does, and changes nothing else.
+
+    Args:
+        network: the network.
+        stepped: whether it loops on the host, as in `make_train`.
+        jit: how a batch is compiled then.
+
+    Returns:
+        `recalibrate(params, masks, state, x, batches, key) -> state`: params and state of one
+        network, masks with a levels axis, x the training inputs, batches (batches, batch) int32;
+        the result has the levels axis.
+    """
+
+    def on_batch(
+        params: Params, masks: Masks, state: State, x: Any, batches: Array, key: Key, i: Any
+    ) -> State:
+        pruned = apply_masks(params, masks)
+        return network.train(pruned, state, x[batches[i]], jax.random.fold_in(key, i))[1]
+
+    def recalibrate(
+        params: Params, masks: Masks, state: State, x: Any, batches: Array, key: Key
+    ) -> State:
+        def one_level(masks: Masks) -> State:
+            def one(i: Array, state: State) -> State:
+                return on_batch(params, masks, state, x, batches, key, i)
+
+            return jax.lax.fori_loop(0, len(batches), one, state)
+
+        return trees.map_levels(one_level, masks)
+
+    if not stepped:
+        return recalibrate
+    compiled = jit(on_batch)
+
+    def on_host(
+        params: Params, masks: Masks, state: State, x: Any, batches: Array, key: Key
+    ) -> State:
+        found = []
+        for mask in trees.unstack(masks):
+            level = state
+            for i in range(len(batches)):
+                level = compiled(params, mask, level, x, batches, key, jnp.int32(i))
+            found.append(level)
+        return trees.stack(found)
+
+    return on_host
+
+
+def batch_indices(key: Key, examples: int, batch_size: int) -> Array:
     """Shuffle an epoch into batches.
 
     Args:

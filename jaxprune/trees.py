@@ -1,9 +1,9 @@
 """Leaf paths, which leaves may be pruned, and the checks that two trees match.
 
-Any tree of arrays comes in; `sparsity`, `scores` and `masks` ask here which leaves take part.
+Any tree of arrays comes in; `granularity` asks here which leaves take part.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,35 +19,39 @@ def paths_and_leaves(tree: Params) -> list[tuple[str, Any]]:
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in flat]
 
 
-def default_prunable(path: str, leaf: Any) -> bool:
-    """Tell whether a leaf has two axes or more and lies outside a layer named `logits`."""
-    return np.ndim(leaf) >= 2 and "logits" not in path.split("/")
-
-
-def prunable_leaves(tree: Params, prunable: Prunable | None = None) -> list[bool]:
+def prunable_leaves(tree: Params, prunable: Prunable = None) -> list[bool]:
     """Tell for every leaf, in flatten order, whether it may be pruned.
 
     Args:
         tree: parameters, scores or masks (without a levels axis).
-        prunable: `(path, leaf) -> bool`; by default `default_prunable`, which needs the output
-            layer to be named `logits`.
+        prunable: a tree of bools like `tree`, such as `structure.prunable` makes, or a predicate
+            `(path, leaf) -> bool`. By default all floating leaves of two axes or more (all of
+            booleans in a tree that has none floating, of masks): a function that sees only
+            parameters knows neither embeddings nor the last layer.
 
     Raises:
-        ValueError: no path contains `logits` and no `prunable` is given, or an empty leaf is
-            selected.
-        TypeError: a leaf is selected that is not an array of real floating point numbers
-            (or, in a tree of masks, of booleans).
+        ValueError: a tree of bools of another shape, or an empty leaf is selected.
+        TypeError: a flag is no bool, or a leaf is selected that is not an array of real floating
+            point numbers, or of booleans.
+
+    Example:
+        >>> params = {"bias": jnp.ones(2), "kernel": jnp.ones((3, 2))}
+        >>> prunable_leaves(params), prunable_leaves(params, lambda path, leaf: path == "bias")
+        ([False, True], [True, False])
     """
     flat = paths_and_leaves(tree)
     if prunable is None:
-        if flat and not any("logits" in path.split("/") for path, _ in flat):
-            raise ValueError(
-                "no layer is named `logits`, so the output layer is not known: pass "
-                "prunable=lambda path, leaf: ..., which tells the leaves to prune; the paths are "
-                + ", ".join(path for path, _ in flat[:8])
-            )
-        prunable = default_prunable
-    selected = [bool(prunable(path, leaf)) for path, leaf in flat]
+        kind = jnp.floating if any(_is_a(leaf, jnp.floating) for _, leaf in flat) else jnp.bool_
+        return [_is_a(leaf, kind) and np.ndim(leaf) >= 2 and np.size(leaf) > 0 for _, leaf in flat]
+    # An Equinox module of bools can be called too, but is no leaf.
+    if callable(prunable) and jax.tree_util.all_leaves([prunable]):
+        selected = [bool(prunable(path, leaf)) for path, leaf in flat]
+    else:
+        check_match("prunable", prunable, "the tree", jax.tree.map(lambda _: True, tree))
+        for path, flag in paths_and_leaves(prunable):
+            if jnp.result_type(flag) != jnp.bool_:
+                raise TypeError(f"prunable must have a bool at {path!r}, got {flag!r}")
+        selected = [bool(flag) for flag in jax.tree.leaves(prunable)]
     for (path, leaf), chosen in zip(flat, selected, strict=True):
         if chosen:
             _check_leaf(path, leaf)
@@ -122,10 +126,24 @@ def map_levels(f: Callable, stacked: Any, levels_at_once: int | None = None) -> 
     return jax.lax.map(f, stacked, batch_size=levels_at_once)
 
 
+def unstack(tree: Any) -> list[Any]:
+    """Return a tree with a leading levels axis as a list of trees without."""
+    (levels,) = {len(leaf) for leaf in jax.tree.leaves(tree)}
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(levels)]
+
+
+def stack(levels: Sequence[Any]) -> Any:
+    """Return trees as one with a leading levels axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *levels)
+
+
+def _is_a(leaf: Any, kind: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, kind)
+
+
 def _check_leaf(path: str, leaf: Any) -> None:
-    dtype = getattr(leaf, "dtype", None)
-    if dtype is None or not (jnp.issubdtype(dtype, jnp.floating) or dtype == jnp.bool_):
-        kind = dtype if dtype is not None else type(leaf).__name__
+    if not (_is_a(leaf, jnp.floating) or _is_a(leaf, jnp.bool_)):
+        kind = getattr(leaf, "dtype", type(leaf).__name__)
         raise TypeError(
             f"leaf {path!r} is of {kind} and cannot be pruned: leave it out by "
             "`prunable`, which selects it"

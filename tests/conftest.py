@@ -1,6 +1,7 @@
 """What all tests share: two CPU devices, strict JAX, checked shapes and types, real data."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -13,6 +14,7 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -32,6 +34,25 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 def fashion_mnist() -> data.Data:
     """The real data set, as every run sees it; `make data` helps where it is missing."""
     return data.load("fashion_mnist")
+
+
+@pytest.fixture(scope="session")
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Keep what is compiled: each sweep makes its programs anew, most of them the same."""
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(tmp_path_factory.mktemp("compiled"))
+    options = {
+        "jax_compilation_cache_dir": folder,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield folder
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture

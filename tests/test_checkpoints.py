@@ -1,3 +1,4 @@
+import errno
 import json
 import logging
 import os
@@ -6,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import OrderedDict
 from pathlib import Path
 
@@ -51,7 +51,7 @@ ARRAYS = st.builds(
     st.integers(0, 99),
 )
 KEYS = st.one_of(
-    st.dictionaries(st.text("ab.: é'[\\", min_size=1, max_size=3), st.none(), max_size=3),
+    st.dictionaries(st.text("ab/.: é'[\\~", max_size=3), st.none(), max_size=3),
     st.dictionaries(st.integers(-1, 12), st.none(), max_size=3),
 )
 TREES = st.recursive(
@@ -82,6 +82,11 @@ def test_round_trip_of_any_tree(tmp_path_factory, tree):
         {"layers": {0: {"kernel": np.ones(2)}, 10: {}, 2: {"kernel": np.zeros(1)}}},
         ({"a.b": np.ones(1), "a": {"b": np.zeros(1)}}, [], (), None, [(np.ones(3),)]),
         {"several chunks": np.random.default_rng(0).random((3, 500, 300))},
+        {
+            "mlp/~/linear_0": {"w/": np.ones(1), "": np.zeros(2)},
+            "mlp": {"~": {"linear_0": np.ones(3)}},
+        },
+        {str(i): np.full(1, i) for i in range(12)},
         np.ones(3),
     ],
     ids=lambda tree: type(tree).__name__ if not isinstance(tree, dict) else next(iter(tree)),
@@ -91,9 +96,7 @@ def test_round_trip(tmp_path, tree):
     assert_same(checkpoints.load(tmp_path / "0001", "item"), tree)
 
 
-@pytest.mark.parametrize(
-    "optimizer", [optax.adam(1e-3), optax.sgd(1e-3), optax.sgd(1e-3, momentum=0.9)]
-)
+@pytest.mark.parametrize("optimizer", [optax.adam(1e-3), optax.sgd(1e-3)])
 def test_optimizer_state_needs_its_target(tmp_path, optimizer):
     state = optimizer.init({"w": jnp.full((2, 2), 3.0)})
     checkpoints.save(tmp_path / "0001", opt_state=state)
@@ -133,17 +136,15 @@ def test_what_is_on_disk(path):
     ("items", "error", "message"),
     [
         ({"a/b": PARAMS}, ValueError, "must be an identifier, got 'a/b'"),
-        ({"p": {"a/b": np.ones(1), "a": {"b": np.ones(1)}}}, ValueError, "p: a key .* 'a/b'"),
-        ({"p": {"": np.ones(1)}}, ValueError, "p: a key is empty"),
         ({"p": {"f": print}}, TypeError, "p/f must be of numbers or bools, got object"),
         ({"p": {"s": np.array(["x"])}}, TypeError, "p/s must be of numbers or bools, got <U1"),
-        ({"p": {"k": jax.random.key(0)}}, TypeError, "key_data"),
+        ({"p": {"k": jax.random.key(0)}}, TypeError, "p/k is a typed key: .*key_data"),
     ],
 )
 def test_what_cannot_be_saved(tmp_path, items, error, message):
     with pytest.raises(error, match=message):
         checkpoints.save(tmp_path / "0001", **items)
-    assert checkpoints.newest(tmp_path) == (None, ())
+    assert os.listdir(tmp_path) == []
 
 
 def test_save_never_overwrites(path):
@@ -244,23 +245,18 @@ def test_newest_with_the_named_items(tmp_path):
     assert checkpoints.newest(tmp_path, "masks") == (None, ())
 
 
-def test_drop_leaves_the_rest(path):
-    checkpoints.drop(path, "masks")
-    checkpoints.drop(path, "masks")
-    assert not (path / "masks").exists()
-    assert list(checkpoints.verify(path)) == ["params"]
-    assert_same(checkpoints.load(path, "params"), PARAMS)
-
-
-def test_drop_killed_while_deleting(path, monkeypatch):
+def test_drop_leaves_the_rest_even_when_killed(path, monkeypatch):
     def killed(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(shutil, "rmtree", killed)
-    with pytest.raises(KeyboardInterrupt):
-        checkpoints.drop(path, "masks")
-    assert (path / "masks").exists()
-    assert list(checkpoints.verify(path)) == ["params"]
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.drop(path, "masks")
+    assert (path / "masks").exists() and list(checkpoints.verify(path)) == ["params"]
+    checkpoints.drop(path, "masks")
+    assert not (path / "masks").exists()
+    assert_same(checkpoints.load(path, "params"), PARAMS)
 
 
 KILLED = """
@@ -305,49 +301,64 @@ def test_killed_while_saving(tmp_path, moment):
     assert not (tmp_path / "0002.tmp").exists()
 
 
-ENDLESS = """
-import itertools, pathlib, sys
-import numpy as np
-from jaxprune import checkpoints
-
-folder = pathlib.Path(sys.argv[1])
-for epoch in itertools.count(1):
-    checkpoints.save(folder / f"{epoch:04d}", params=np.full(100_000, epoch), opt_state=np.ones(9))
-    if epoch > 2:
-        checkpoints.drop(folder / f"{epoch - 1:04d}", "opt_state")
-        checkpoints.remove(folder / f"{epoch - 2:04d}")
-"""
-
-
-def test_killed_at_any_moment(tmp_path):
-    child = subprocess.Popen([sys.executable, "-c", ENDLESS, str(tmp_path)])
-    while not (tmp_path / "0003").exists():
-        assert child.poll() is None
-        time.sleep(0.01)
-    time.sleep(random.random() / 2)
-    os.kill(child.pid, signal.SIGKILL)
-    child.wait()
-    path, corrupt = checkpoints.newest(tmp_path, "params", "opt_state")
-    assert path is not None and corrupt == ()
-    assert set(checkpoints.load(path, "params").tolist()) == {int(path.name)}
-
-
 def test_a_full_disk_is_found_before_anything_is_written(path, monkeypatch, capfd):
-    usage = shutil.disk_usage(path)._replace(free=100)
+    usage = shutil.disk_usage(path)._replace(free=100_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(OSError, match="800 bytes has 100 left.*0002"):
+    with pytest.raises(
+        OSError, match="No space left: .* may need 267,040 bytes of 100,000: .*0002"
+    ):
         checkpoints.save(path.with_name("0002"), item=[np.ones(100)])
     assert os.listdir(path.parent) == ["0001"] and capfd.readouterr() == ("", "")
 
 
-def test_a_failed_write_is_told_in_a_line(path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("OUT_OF_RANGE:\na page" * 99), r"Errno 5\] Orbax: OUT_OF_RANGE: a page.*0002"),
+        (RuntimeError("write: No space left on device"), r"Errno 28\] No space left: .*0002"),
+        (OSError(errno.ENOSPC, "full"), r"Errno 28\] No space left: .*0002"),
+    ],
+)
+def test_a_failed_write_is_told_in_a_line(path, monkeypatch, error, line):
     def fail(*_):
-        raise ValueError("OUT_OF_RANGE: a page of TensorStore's")
+        raise error
 
     monkeypatch.setattr(checkpoints.ocp, "save", fail)
-    with pytest.raises(OSError, match="a checkpoint cannot be written: .*0002"):
+    with pytest.raises(OSError, match=line) as caught:
         checkpoints.save(path.with_name("0002"), item=np.ones(2))
-    assert not path.with_name("0002").exists()
+    assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
+    assert os.listdir(path.parent) == ["0001"]
+
+
+def test_folders_are_tried_before_anything_is_trained(tmp_path):
+    for good in ("run", "a b/ü漢", "a%2Fb", "c:d?#'{}"):
+        folder = tmp_path / good
+        checkpoints.check_writable(folder)
+        checkpoints.check_writable(folder)
+        assert os.listdir(folder) == []
+        checkpoints.save(folder / "0001", item=np.ones(2))
+        assert_same(checkpoints.load(folder / "0001", "item"), np.ones(2))
+    for bad in (os.fsdecode(b"x\xffy"), "a\\b", "gs:", os.fsdecode(b"\xff/run")):
+        with pytest.raises(
+            ValueError, match="cannot hold checkpoints: .* is not UTF-8, "
+        ) as caught:
+            checkpoints.check_writable(tmp_path / bad)
+        str(caught.value).encode("ascii")
+    assert sorted(os.listdir(tmp_path)) == ["a b", "a%2Fb", "c:d?#'{}", "run"]
+    (tmp_path / "file").write_text("")
+    for taken in ("file", "file/run"):
+        with pytest.raises(OSError, match="Errno"):
+            checkpoints.check_writable(tmp_path / taken)
+
+
+def test_what_is_no_checkpoint_is_passed_over_or_removed(path):
+    for name in ("0002", "0003.tmp", ".abc.tmp"):
+        path.with_name(name).write_text("")
+    found, corrupt = checkpoints.newest(path.parent)
+    assert found == path and [error.path.name for error in corrupt] == ["0002"]
+    checkpoints.remove(path.with_name("0002"))
+    checkpoints.save(path.with_name("0003"), params=PARAMS)
+    assert sorted(os.listdir(path.parent)) == [".abc.tmp", "0001", "0003"]
 
 
 def test_orbax_is_silent(path, caplog):
@@ -359,4 +370,5 @@ def test_orbax_is_silent(path, caplog):
 def test_the_manifest_is_plain_json(path):
     digest, body = (path / "manifest.json").read_text().split("\n")
     assert len(digest) == 64
-    assert json.loads(body)["params"]["leaves"] == {"hidden_0/kernel": ["float32", [2, 3]]}
+    assert json.loads(body)["params"]["leaves"] == [[["hidden_0", "kernel"], "float32", [2, 3]]]
+    assert checkpoints.contents(path) == json.loads(body)

@@ -10,40 +10,47 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxprune import config
-from jaxprune.config import Config
+from jaxprune.config import Arm, Config, Study
 
 
 def test_defaults_are_those_of_the_quick_preset():
     settings = Config()
     assert (settings.preset, settings.epochs, settings.seeds) == ("quick", 2, 1)
-    assert settings == Config(preset="quick", epochs=2, seeds=1)
+    assert settings == Config(preset="quick", **config.PRESETS["quick"])
     assert settings.levels == (0, 25, 50, 60, 70, 80, 90, 95, 97, 99)
-    assert settings.methods == ("weight", "unit")
+    assert settings.granularities == ("weight", "unit")
     assert settings.protocols == ("one_shot", "trained")
     assert (settings.batch_size, settings.learning_rate) == (128, 1e-3)
     assert settings.hidden_sizes == (1000, 1000, 500, 200)
 
 
-def test_preset_fills_in_only_what_is_not_given():
-    settings = Config(preset="challenge")
-    assert (settings.epochs, settings.seeds) == (20, 3)
-    settings = Config(preset="challenge", epochs=4)
-    assert (settings.epochs, settings.seeds) == (4, 3)
-
-
 @pytest.mark.parametrize(
-    ("given", "run_dir"),
+    ("given", "folder"),
     [
         ({}, "runs/fashion_mnist-quick"),
         ({"preset": "challenge"}, "runs/fashion_mnist-challenge"),
         ({"dataset": "mnist"}, "runs/mnist-quick"),
         ({"dataset": "idx:/data/kmnist/"}, "runs/kmnist-quick"),
-        ({"dataset": "idx:kmnist"}, "runs/kmnist-quick"),
+        ({"dataset": "npz:/data/digits.v2.npz"}, "runs/digits.v2-quick"),
+        ({"dataset": "text:a.txt", "network": "transformer"}, "runs/a-transformer-quick"),
+        ({"network": "my:make"}, "runs/fashion_mnist-my-make-quick"),
         ({"run_dir": Path("elsewhere")}, "elsewhere"),
     ],
 )
-def test_run_dir(given, run_dir):
-    assert Config(**given).run_dir == Path(run_dir)
+def test_folder(given, folder):
+    assert Config(**given).folder == Path(folder)
+
+
+def test_arms_are_all_combinations_in_the_order_in_which_they_run():
+    study = Study(criteria=("a", "b"), scopes=("layer", "global"), granularities=("unit",))
+    arms = study.arms(("a", "b"))
+    assert [str(arm) for arm in arms[:3]] == [
+        "a unit layer one_shot", "a unit global one_shot", "b unit layer one_shot",
+    ]  # fmt: skip
+    assert len(set(arms)) == 8
+    assert Arm("a/b(c=1, d='é')", "unit", "layer", "trained").slug == (
+        "a%2Fb(c=1,%20d=%27%C3%A9%27)-unit-layer-trained"
+    )
 
 
 def test_frozen():
@@ -55,7 +62,8 @@ def test_settings_are_what_changes_results():
     settings = Config().settings()
     assert json.loads(json.dumps(settings)) == settings
     assert settings == {
-        "dataset": "fashion_mnist", "learning_rate": 1e-3, "hidden_sizes": [1000, 1000, 500, 200],
+        "dataset": "fashion_mnist", "network": "mlp", "learning_rate": 1e-3,
+        "hidden_sizes": [1000, 1000, 500, 200],
     }  # fmt: skip
     same = Config(preset="challenge", seeds=9, data_dir=Path("a"), run_dir=Path("b"))
     assert same.settings() == settings
@@ -69,7 +77,11 @@ def test_the_place_of_a_data_set_is_no_setting(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "change", [{"dataset": "mnist"}, {"learning_rate": 2e-3}, {"hidden_sizes": (10,)}]
+    "change",
+    [
+        {"dataset": "mnist"}, {"learning_rate": 2e-3}, {"hidden_sizes": (10,)},
+        {"network": "convnet"},
+    ],
 )
 def test_each_setting_counts(change):
     assert Config(**change).settings() != Config().settings()
@@ -78,9 +90,6 @@ def test_each_setting_counts(change):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"preset": "slow"}, "preset must be one of quick, challenge, got 'slow'"),
-        ({"dataset": "cifar10"}, "fashion_mnist, mnist or idx:FOLDER, got 'cifar10'"),
-        ({"dataset": ""}, "fashion_mnist, mnist or idx:FOLDER, got ''"),
         ({"levels": ()}, r"at least one percentage in \[0, 100\], got none"),
         ({"levels": (50.0, 101.0)}, r"levels must be in \[0, 100\] percent, got 101"),
         ({"levels": (50.0, 100.00001)}, r"levels must be in .* got 100\.00001"),
@@ -91,17 +100,23 @@ def test_each_setting_counts(change):
         ({"levels": (0.0, -0.0)}, "levels must be distinct"),
         ({"levels": (0.0, 0.5, 0.9)}, "levels are in percent: for 0.9 as a fraction give 90"),
         ({"levels": (1.0,)}, "levels are in percent: for 1 as a fraction give 100"),
-        ({"methods": ()}, "methods must be distinct and among weight, unit, got none"),
-        ({"methods": ("row",)}, "methods must be .* among weight, unit, got row"),
-        ({"methods": ("unit", "unit")}, "methods must be distinct .* got unit unit"),
+        ({"criteria": ()}, "criteria must name at least one, got none"),
+        ({"granularities": ()}, "granularities must be distinct and among weight, unit, got none"),
+        ({"granularities": ("row",)}, "granularities must be .* among weight, unit, got row"),
+        ({"granularities": ("unit", "unit")}, "granularities must be distinct .* got unit unit"),
+        ({"scopes": ("network",)}, "scopes must be .* among layer, global, got network"),
         ({"protocols": ("one_shot", "x")}, "protocols must .* one_shot, trained, got one_shot x"),
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
         ({"epochs": -1}, "epochs must be at least 1, got -1"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"score_batch": 0}, "score_batch must be at least 1, got 0"),
+        ({"recalibrate": -1}, "recalibrate must be at least 0, got -1"),
+        ({"levels_at_once": 0}, "levels_at_once must be at least 1, got 0"),
+        ({"context": 1}, "context must be at least 2, got 1"),
         ({"learning_rate": 0.0}, "learning_rate must be positive and finite, got 0.0"),
         ({"learning_rate": float("nan")}, "learning_rate must be positive and finite, got nan"),
         ({"learning_rate": float("inf")}, "learning_rate must be positive and finite, got inf"),
-        ({"hidden_sizes": ()}, "hidden_sizes must be one or more sizes of at least 1"),
+        ({"hidden_sizes": ()}, "hidden_sizes must be sizes of at least 1"),
         ({"hidden_sizes": (10, 0)}, r"hidden_sizes must be .* got \[10, 0\]"),
     ],
 )
@@ -152,11 +167,20 @@ def test_phases_add_up(epochs):
     assert pruning - masked in (0, 1)
 
 
-def test_checks():
-    config.check_choices("methods", ("unit",), config.METHODS)
-    config.check_at_least_one(seeds=1, epochs=10**9)
-    with pytest.raises(ValueError, match="^epochs must be at least 1, got 0$"):
-        config.check_at_least_one(seeds=1, epochs=0)
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"seeds": 1.5}, "seeds must be a whole number, got 1.5"),
+        ({"epochs": True}, "epochs must be a whole number, got True"),
+        ({"criteria": "magnitude"}, "criteria must be a tuple, got 'magnitude'"),
+    ],
+)
+def test_bad_types(given, message):
+    study = object.__new__(Study)  # past the tests' own check of types
+    for field in dataclasses.fields(Study):
+        object.__setattr__(study, field.name, given.get(field.name, field.default))
+    with pytest.raises(TypeError, match=message):
+        study.__post_init__()
 
 
 def test_imports_no_jax():

@@ -1,16 +1,15 @@
-from typing import Any
+import inspect
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax, softmax
 
-from jaxprune import models
+from jaxprune import networks, tasks
 from jaxprune.data import Data, Split
-from jaxprune.evaluate import evaluate_levels
-from jaxprune.types import Metrics
+from jaxprune.evaluate import check_data, evaluate_levels, make_score
+from jaxprune.types import Network
+from tests.test_tasks import assert_metrics, classification_reference, jit, sequences
 
 FEATURES, HIDDEN, CLASSES, LEVELS = 6, (5, 4), 3, 3
 VAL, TEST = 37, 56
@@ -24,13 +23,13 @@ def split(rng, n, classes=CLASSES):
     return Split(x.astype(np.float32), y.astype(np.int32))
 
 
-def make_data(seed=0, classes=CLASSES):
+def make_data(seed=0):
     rng = np.random.default_rng(seed)
-    return Data(split(rng, 1), split(rng, VAL), split(rng, TEST, classes))
+    return Data(split(rng, 1), split(rng, VAL), split(rng, TEST))
 
 
-def make_network(seed=0):
-    """Return stacked parameters, other ones a level, and masks that prune ever more."""
+def make_levels(seed=0):
+    """Return stacked parameters, other ones a level, a state, and masks that prune ever more."""
     rng = np.random.default_rng(seed)
     params, masks = {}, {}
     for name, inputs, outputs in zip(NAMES, (FEATURES, *HIDDEN), (*HIDDEN, CLASSES), strict=True):
@@ -40,245 +39,250 @@ def make_network(seed=0):
         kept = np.stack([ranks >= (0 if name == "logits" else 0.3 * i) for i in range(LEVELS)])
         params[name] = {"kernel": jnp.asarray(kernels, jnp.float32)}
         masks[name] = {"kernel": jnp.asarray(kept)}
-    return params, masks
-
-
-_, plain_apply = models.mlp(FEATURES, HIDDEN, CLASSES)
+    return params, {"scale": jnp.array([1.0, 2.0, 0.5])}, masks
 
 
 def apply(params, x):
-    TRACES.append(x.shape)
-    return plain_apply(params, x)
+    TRACES.append(x)
+    for name in NAMES:
+        x = x @ params[name]["kernel"]
+        x = x if name == "logits" else jax.nn.relu(x)
+    return x
+
+
+NETWORK = Network(
+    init=lambda key: ({}, {}),
+    apply=lambda params, state, x: state["scale"] * apply(params, x),
+    train=lambda params, state, x, key: (x, state),
+    prunable={"a tree": [True]},
+)
+PLAIN = networks.as_network(apply)
 
 
 def level_of(tree, i):
     return jax.tree.map(lambda x: np.asarray(x)[i], tree)
 
 
-def forward(params, masks, x):
+def forward(params, masks, x, scale=1.0):
     x = np.asarray(x, np.float64)
     for name in NAMES:
         x = x @ np.where(masks[name]["kernel"], params[name]["kernel"], 0).astype(np.float64)
         x = x if name == "logits" else np.maximum(x, 0)
-    return x
+    return scale * x
 
 
-def reference(params, masks, data, dense):
-    """Compute all metrics of one level in float64; `dense` are predictions on test."""
-
-    def loss(logits, y, beta=1.0):
-        return -log_softmax(beta * logits, axis=1)[np.arange(len(y)), y].mean()
-
-    val, test = (forward(params, masks, s.x) for s in (data.val, data.test))
-    best: Any = minimize_scalar(
-        lambda b: loss(val, data.val.y, np.exp(b)),
-        bounds=(np.log(1e-3), np.log(1e3)), method="bounded", options={"xatol": 1e-10},
-    )  # fmt: skip
-    confidence, predicted = softmax(test, axis=1).max(axis=1), test.argmax(axis=1)
-    right = predicted == data.test.y
-    ece = 0.0
-    for b in range(15):
-        inside = (confidence > b / 15) & (confidence <= (b + 1) / 15)
-        ece += abs(confidence[inside].sum() - right[inside].sum()) / len(right)
-    of_class = [right[data.test.y == c] for c in range(CLASSES)]
-    class_accuracy = np.array([r.mean() if len(r) else np.nan for r in of_class])
-    values: dict[str, Any] = dict(
-        accuracy=right.mean(),
-        loss=loss(test, data.test.y),
-        ece=ece,
-        signed_ece=confidence.mean() - right.mean(),
-        temperature=np.exp(-best.x),
-        scaled_loss=loss(test, data.test.y, np.exp(best.x)),
-        churn=(predicted != dense).mean(),
-        class_accuracy=class_accuracy,
-        worst_class_accuracy=np.nanmin(class_accuracy),
-        val_accuracy=(val.argmax(axis=1) == data.val.y).mean(),
-        val_loss=loss(val, data.val.y),
-    )
-    return Metrics(**values), predicted
+def reference(level, data, dense):
+    params, state, masks = level
+    val, test = ((forward(params, masks, s.x, state["scale"]), s.y) for s in (data.val, data.test))
+    return classification_reference(val, test, dense), test[0].argmax(axis=1)
 
 
-def assert_metrics(found, expected, rtol=1e-5):
-    for name, value in expected._asdict().items():
-        tolerance: dict[str, Any] = {"rtol": 2e-4 if name == "temperature" else rtol, "atol": 1e-6}
-        np.testing.assert_allclose(getattr(found, name), value, **tolerance, err_msg=name)
-
-
-def assert_same_counts(found, expected):
-    """Compare what is a count divided by a count; a division may be off by a last bit."""
+def assert_same(found, expected):
+    """Compare counts exactly; but a division may be off by a last bit."""
+    assert_metrics(found, expected)
     for name, size in (("accuracy", TEST), ("churn", TEST), ("val_accuracy", VAL)):
-        counts = np.asarray(getattr(found, name), np.float64) * size
+        counts, others = (np.asarray(m[name], np.float64) * size for m in (found, expected))
         np.testing.assert_allclose(counts, np.round(counts), atol=1e-5, err_msg=name)
-        np.testing.assert_array_equal(
-            np.round(counts), np.round(np.asarray(getattr(expected, name)) * size), name
-        )
-    np.testing.assert_allclose(found.class_accuracy, expected.class_accuracy, rtol=2e-7)
+        np.testing.assert_array_equal(np.round(counts), np.round(others), name)
 
 
 @pytest.fixture(scope="module")
 def scored():
-    """All levels of the network at the default batch size, and what they were made of."""
-    data, (params, masks) = make_data(), make_network()
-    return data, params, masks, *evaluate_levels(apply, params, masks, data)
+    """All levels of the network with a state, and what they were made of."""
+    data, levels = make_data(), make_levels()
+    params, state, masks = levels
+    return data, levels, *evaluate_levels(NETWORK, params, masks, data, state=state)
 
 
 def test_all_metrics_are_those_of_numpy(scored):
-    data, params, masks, metrics, predictions = scored
-    for name, value in metrics._asdict().items():
+    data, levels, metrics, dense = scored
+    assert (dense.shape, dense.dtype) == ((TEST,), jnp.int32)
+    for name, value in metrics.items():
         shape = (LEVELS, CLASSES) if name == "class_accuracy" else (LEVELS,)
         assert (value.shape, value.dtype) == (shape, jnp.float32), name
-    assert (predictions.shape, predictions.dtype) == ((LEVELS, TEST), jnp.int32)
-    dense = None
     for i in range(LEVELS):
-        expected, predicted = reference(level_of(params, i), level_of(masks, i), data, dense)
-        dense = predicted if dense is None else dense
-        expected = expected._replace(churn=(predicted != dense).mean())
+        expected, predicted = reference(level_of(levels, i), data, np.asarray(dense))
         assert_metrics(level_of(metrics, i), expected)
-        np.testing.assert_array_equal(predictions[i], predicted)
+        assert (predicted == dense).all() == (i == 0)
     # Else the tests of this file would show little.
-    assert 0.4 < metrics.accuracy[0] < 1 and metrics.churn[0] == 0 and (metrics.churn[1:] > 0).all()
-    assert len(set(metrics.temperature.tolist())) == LEVELS
+    assert 0.4 < metrics["accuracy"][0] < 1
+    assert metrics["churn"][0] == 0 and (metrics["churn"][1:] > 0).all()
+    assert len(set(metrics["temperature"].tolist())) == LEVELS
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, TEST])
+@pytest.mark.parametrize("batch_size", [7, 10**9])
 def test_counts_are_exact_for_any_batch_size(scored, batch_size):
-    data, params, masks, metrics, predictions = scored  # in one batch, larger than the data
-    found, labels = evaluate_levels(apply, params, masks, data, batch_size=batch_size)
-    np.testing.assert_array_equal(labels, predictions)
-    assert_same_counts(found, metrics)
-    assert_metrics(found, metrics)
+    data, (params, state, masks), metrics, dense = scored
+    found, _ = evaluate_levels(
+        NETWORK, params, masks, data, state=state, reference=dense, batch_size=batch_size
+    )
+    assert_same(found, metrics)
+
+
+@pytest.mark.parametrize("options", [{"levels_at_once": LEVELS}, {"stepped": True}], ids=str)
+def test_levels_together_or_stepped_are_levels_one_by_one(scored, options):
+    data, levels, metrics, dense = scored
+    programs, calls = [], []
+
+    def compiled(f):
+        programs.append(f)
+        jitted = jit(f)
+        return lambda *args: calls.append(f) or jitted(*args)
+
+    score = make_score(NETWORK, tasks.classification(), batch_size=20, jit=compiled, **options)
+    made = len(programs)
+    assert bool(made) == ("stepped" in options)
+    score = score if "stepped" in options else jit(score)
+    splits = jax.tree.map(jnp.asarray, (data.val, data.test))
+    found, predictions = score(*levels, *splits, dense)
+    assert predictions is None
+    assert_same(found, metrics)
+    found, predictions = score(*levels, *splits, None)
+    assert len(programs) == made
+    assert_same(found, {**metrics, "churn": np.zeros(LEVELS)})
+    for i in range(LEVELS):
+        _, expected = reference(level_of(levels, i), data, None)
+        np.testing.assert_array_equal(predictions[i], expected)
+    assert len(set(calls)) == made  # all of them are needed
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+@pytest.mark.parametrize("name", ["tokens", "regression", "own"])
+def test_every_task_is_scored(name, stepped):
+    n, scales = 11, np.array([1.0, 0.5], np.float32)
+    x, y = sequences(n)
+    task, y = {
+        "tokens": (tasks.tokens(), y),
+        "regression": (tasks.regression(), x[::-1]),
+        "own": (tasks.own_loss(lambda z, y: abs(z - y).sum((1, 2))), x[::-1]),
+    }[name]
+    network = networks.as_network(lambda params, x: params * x)
+    score = make_score(network, task, batch_size=4, stepped=stepped)
+    levels = jnp.asarray(scales), {}, jnp.ones(2, bool)
+    part = Split(jnp.asarray(x), jnp.asarray(y))
+    found, predictions = (score if stepped else jit(score))(*levels, part, part, None)
+
+    def alone(outputs, targets):
+        weight = jnp.ones(n, jnp.int32)
+        fitted = None if task.fit is None else task.fit(outputs, targets, weight)
+        sums = task.sums(outputs, targets, weight, fitted, None)
+        return task.finish(sums, sums, fitted)
+
+    for i, scale in enumerate(scales):
+        assert_metrics(level_of(found, i), jit(alone)(scale * x, y))
+    assert (predictions is None) == (task.predict is None)
+    if predictions is not None:
+        np.testing.assert_array_equal(predictions, [x.argmax(axis=-1)] * 2)
 
 
 def test_levels_do_not_depend_on_each_other(scored):
-    data, params, masks, metrics, predictions = scored
-    last, first = (jax.tree.map(lambda x: jnp.flip(x, axis=0), tree) for tree in (params, masks))
-    found, labels = evaluate_levels(apply, last, first, data, reference=predictions[0])
-    np.testing.assert_array_equal(labels[::-1], predictions)
-    for value, expected in zip(found, metrics, strict=True):
-        np.testing.assert_array_equal(value[::-1], expected)
+    data, levels, metrics, dense = scored
+    params, state, masks = jax.tree.map(lambda x: jnp.flip(x, axis=0), levels)
+    found, _ = evaluate_levels(NETWORK, params, masks, data, state=state, reference=dense)
+    for name, value in found.items():
+        np.testing.assert_array_equal(value[::-1], metrics[name], name)
 
 
-def test_parameters_may_be_shared_by_all_levels(scored):
-    data, params, masks, *_ = scored
-    shared = level_of(params, 1)
-    stacked = jax.tree.map(lambda w: jnp.stack([jnp.asarray(w)] * LEVELS), shared)
-    found = evaluate_levels(apply, shared, masks, data)
-    expected = evaluate_levels(apply, stacked, masks, data)
-    for leaf, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(leaf, other)
+def test_parameters_and_state_may_be_shared_by_all_levels(scored):
+    data, levels, *_ = scored
+    (params, state, _), masks = level_of(levels, 1), levels[2]
+    found, dense = evaluate_levels(NETWORK, params, masks, data, state=state)
     for i in range(LEVELS):
-        np.testing.assert_array_equal(
-            found[1][i], forward(shared, level_of(masks, i), data.test.x).argmax(axis=1)
-        )
-
-
-@pytest.mark.parametrize("levels_at_once", [2, LEVELS])
-def test_levels_together_are_levels_one_by_one(scored, levels_at_once):
-    data, params, masks, metrics, predictions = scored
-    found, labels = evaluate_levels(apply, params, masks, data, levels_at_once=levels_at_once)
-    assert_same_counts(found, metrics)
-    assert_metrics(found, metrics)
-    np.testing.assert_array_equal(labels, predictions)
+        expected, _ = reference((params, state, level_of(masks, i)), data, np.asarray(dense))
+        assert_metrics(level_of(found, i), expected)
 
 
 def test_churn_is_against_the_given_predictions(scored):
-    data, params, masks, metrics, predictions = scored
-    given = predictions[2]
-    found, _ = evaluate_levels(apply, params, masks, data, reference=given)
-    np.testing.assert_allclose(found.churn, np.mean(predictions != given[None], axis=1), 1e-6)
-    assert found.churn[2] == 0 and found.churn[0] > 0
-    none_of_these = jnp.full(TEST, -1, jnp.int32)
-    found, _ = evaluate_levels(apply, params, masks, data, reference=none_of_these)
-    assert found.churn.tolist() == [1.0] * LEVELS
-
-
-def test_a_class_without_examples_has_no_accuracy(scored):
-    _, params, masks, *_ = scored
-    data = make_data(classes=2)
-    found, predictions = evaluate_levels(apply, params, masks, data)
-    assert np.isnan(found.class_accuracy).tolist() == [[False, False, True]] * LEVELS
-    np.testing.assert_array_equal(
-        found.worst_class_accuracy, found.class_accuracy[:, :2].min(axis=1)
-    )
-    dense = np.asarray(predictions[0])
-    expected, _ = reference(level_of(params, 1), level_of(masks, 1), data, dense)
-    assert_metrics(level_of(found, 1), expected)
+    data, (params, state, masks), _, dense = scored
+    given = jnp.where(jnp.arange(TEST) < 14, -1, dense)
+    found, same = evaluate_levels(NETWORK, params, masks, data, state=state, reference=given)
+    assert same is given
+    np.testing.assert_allclose(found["churn"][0], 0.25, rtol=1e-6)
 
 
 def test_a_layer_pruned_whole_predicts_the_first_class(scored):
-    data, params, masks, *_ = scored
+    data, (params, state, masks), *_ = scored
     masks = {**masks, "hidden_1": jax.tree.map(jnp.zeros_like, masks["hidden_1"])}
-    found, predictions = evaluate_levels(apply, params, masks, data)
+    found, predictions = evaluate_levels(NETWORK, params, masks, data, state=state)
     assert not predictions.any()
-    np.testing.assert_allclose(found.loss, np.log(CLASSES), rtol=1e-6)
-    np.testing.assert_allclose(found.accuracy, np.mean(data.test.y == 0), rtol=1e-6)
-    assert found.temperature.tolist() == [1.0] * LEVELS
-    assert found.class_accuracy.tolist() == [[1.0, 0.0, 0.0]] * LEVELS
+    np.testing.assert_allclose(found["loss"], np.log(CLASSES), rtol=1e-6)
+    np.testing.assert_allclose(found["accuracy"], np.mean(data.test.y == 0), rtol=1e-6)
+    assert found["temperature"].tolist() == [1.0] * LEVELS
 
 
 def test_nan_in_a_pruned_weight_does_not_matter(scored):
-    data, params, masks, metrics, _ = scored
+    data, (params, state, masks), metrics, _ = scored
     broken = jax.tree.map(lambda w, m: jnp.where(m, w, jnp.nan), params, masks)
-    found, _ = evaluate_levels(apply, broken, masks, data)
-    for value, expected in zip(found, metrics, strict=True):
-        np.testing.assert_array_equal(value, expected)
+    found, _ = evaluate_levels(NETWORK, broken, masks, data, state=state)
+    for name, value in found.items():
+        np.testing.assert_array_equal(value, metrics[name], name)
 
 
 def test_validation_decides_nothing_but_the_temperature(scored):
-    data, params, masks, metrics, _ = scored
-    found, _ = evaluate_levels(apply, params, masks, data._replace(val=make_data(seed=5).val))
-    changed = {n for n in Metrics._fields if (getattr(found, n) != getattr(metrics, n)).any()}
+    data, (params, state, masks), metrics, _ = scored
+    other = data._replace(val=make_data(seed=5).val)
+    found, _ = evaluate_levels(NETWORK, params, masks, other, state=state)
+    changed = {name for name in found if (found[name] != metrics[name]).any()}
     assert changed == {"temperature", "scaled_loss", "val_accuracy", "val_loss"}
 
 
-def test_one_trace_serves_all_values(scored):
-    data, params, masks, *_ = scored
+def test_one_program_serves_all_values(scored):
+    data, (params, _, masks), *_ = scored
+    task = tasks.own_loss(lambda z, y: abs(z).sum(axis=1))
+    evaluate_levels(apply, params, masks, data, task=task)
     traces = len(TRACES)
-    assert traces
-    other_params, other_masks = make_network(seed=1)
-    other, _ = evaluate_levels(apply, other_params, other_masks, make_data(seed=1))
-    evaluate_levels(apply, other_params, masks, data)
-    # Shared parameters are stacked before, and are no other program.
-    evaluate_levels(apply, level_of(params, 0), masks, data)
-    assert len(TRACES) == traces
-    assert not np.array_equal(other.loss, scored[3].loss)
+    other_params, _, other_masks = make_levels(seed=1)
+    other, _ = evaluate_levels(apply, other_params, other_masks, make_data(seed=1), task=task)
+    found, none = evaluate_levels(apply, level_of(params, 0), masks, data, task=task)
+    assert none is None and not np.array_equal(other["loss"], found["loss"])
+    assert {len(x) for x in TRACES[traces:]} <= {2}  # the check's, of two examples
 
 
-def test_any_tree_of_parameters():
-    data = make_data()
-    params = [np.eye(FEATURES, dtype=np.float32), (np.eye(FEATURES, CLASSES, dtype=np.float32),)]
-    masks = jax.tree.map(lambda w: jnp.ones((1, *w.shape), bool), params)
-    found, predictions = evaluate_levels(lambda p, x: x @ p[0] @ p[1][0], params, masks, data)
-    np.testing.assert_array_equal(predictions[0], data.test.x[:, :CLASSES].argmax(axis=1))
-    np.testing.assert_allclose(found.accuracy, np.mean(predictions[0] == data.test.y), rtol=1e-6)
-
-
-@pytest.mark.parametrize("batch_size", [0, -3])
-def test_a_batch_size_below_one(scored, batch_size):
-    data, params, masks, *_ = scored
-    with pytest.raises(ValueError, match=f"batch_size must be at least 1, got {batch_size}"):
-        evaluate_levels(apply, params, masks, data, batch_size=batch_size)
+def test_a_batch_size_that_is_no_whole_number(scored):
+    data, (params, _, masks), *_ = scored
+    for wrong in (0, -3, 1.5):
+        with pytest.raises(ValueError, match=f"whole number of at least 1, got {wrong}"):
+            inspect.unwrap(evaluate_levels)(apply, params, masks, data, batch_size=wrong)
 
 
 def test_masks_that_do_not_match(scored):
-    data, params, masks, *_ = scored
-    shared = level_of(params, 0)
-    for given in (params, shared):
+    data, (params, state, masks), *_ = scored
+    for given in (params, level_of(params, 0)):
         with pytest.raises(ValueError, match="masks has no leaf 'logits/kernel', which params"):
             evaluate_levels(apply, given, {k: masks[k] for k in NAMES[:2]}, data)
-        more = {**masks, "hidden_9": masks["hidden_1"]}
-        with pytest.raises(ValueError, match="no leaf 'hidden_9/kernel', which masks has"):
-            evaluate_levels(apply, given, more, data)
         wrong = {**masks, "hidden_1": {"kernel": jnp.ones((LEVELS, 4, 5), bool)}}
         message = r"'hidden_1/kernel' has shape \(3, 4, 5\) in masks and \(3, 5, 4\) in params"
         with pytest.raises(ValueError, match=message):
             evaluate_levels(apply, given, wrong, data)
-        fewer = {**masks, "hidden_1": {"kernel": jnp.ones((2, 5, 4), bool)}}
-        with pytest.raises(ValueError, match="'hidden_1/kernel' has shape"):
-            evaluate_levels(apply, given, fewer, data)
+    for given in (level_of(masks, 0), {**masks, "hidden_1": {"kernel": masks["logits"]["kernel"]}}):
+        with pytest.raises(ValueError, match="leading levels axis|has shape"):
+            evaluate_levels(apply, level_of(params, 0), given, data)
+    with pytest.raises(ValueError, match="the state.* must have a leading levels axis"):
+        evaluate_levels(NETWORK, params, masks, data, state=level_of(state, slice(2)))
 
 
-def test_masks_without_a_levels_axis(scored):
-    data, params, masks, *_ = scored
-    with pytest.raises(ValueError, match="must have a leading levels axis"):
-        evaluate_levels(apply, level_of(params, 0), level_of(masks, 0), data)
+SHAPES = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape[1:], w.dtype), make_levels()[0])
+SHORT, NOT_FINITE = {"y": np.zeros(5, np.int32)}, {"x": np.full((9, FEATURES), np.nan, "f")}
+WRONG = [
+    ("val", SHORT, r"val has 9 inputs x and 5 targets y"),
+    ("test", {"x": np.zeros((0, 2)), "y": np.zeros(0, int)}, "test has 0 inputs x and 0 targets y"),
+    ("train", NOT_FINITE, "train x has values that are not finite"),
+    ("val", {"x": np.zeros((9, 5), "f")}, r"cannot take val x, float32 \(9, 5\): .*5.*6"),
+    ("test", {"y": np.ones(9, np.int32) + 2}, r"test: labels are in \[3, 3\] and .* 3 outputs"),
+    ("train", {"y": np.ones(9, "f")}, r"train: .* \(2, 3\) and targets float32 \(9,\); classific"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "message"), WRONG, ids=range(len(WRONG)))
+def test_data_that_does_not_fit(name, change, message):
+    params, _, masks = make_levels()
+    data = Data(*[split(np.random.default_rng(0), 9)] * 3)
+    data = data._replace(**{name: getattr(data, name)._replace(**change)})
+    task = tasks.classification()
+    with pytest.raises(ValueError, match=message) as error:
+        check_data(PLAIN, SHAPES, {}, data, task)
+    assert "\n" not in str(error.value)
+    if name == "train":  # which is not read here
+        return
+    with pytest.raises(ValueError, match=message):
+        evaluate_levels(apply, params, masks, data, task=task)

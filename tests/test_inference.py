@@ -14,7 +14,7 @@ import pytest
 import jaxprune as jp
 from jaxprune.sparse import inference, kernel, packing
 from jaxprune.sparse.program import Layer
-from tests import networks
+from tests import zoo
 from tests.compare import masked_by_hand
 
 
@@ -130,7 +130,7 @@ def test_by_hand(sparse: None) -> None:
     ],
 )
 def test_networks(name: str, count: int, sparse: None) -> None:
-    network = getattr(networks, name)()
+    network = getattr(zoo, name)()
     params = network.init(jax.random.key(0))
     masks = random_masks(params, 0.5)
     apply = jax.jit(network.apply)

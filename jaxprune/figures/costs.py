@@ -1,17 +1,30 @@
-"""Draw what pruned networks cost: their widths, their speed and the bytes of their files."""
+"""Draw what pruned networks cost: their speed, the bytes of their files, and their training."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps, style
+from matplotlib import style
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter
 
-from jaxprune.figures.panels import STYLE, footnote, level_axis, panels, percent
-from jaxprune.results import mean_interval
+from jaxprune.figures.panels import (
+    STYLE,
+    footnote,
+    level_axis,
+    log_axis,
+    over_seeds,
+    panels,
+    percent,
+)
 
 CROSSOVER = 1.03  # times as fast as dense from which a network counts as faster
+_BATCHES: list[dict[str, Any]] = [
+    {"color": "#CC79A7", "marker": "o"},
+    {"color": "#E69F00", "marker": "s"},
+    {"color": "#009E73", "marker": "D"},
+    {"color": "#0072B2", "marker": "^"},
+]
 _CODES: dict[str, dict[str, Any]] = {
     "float32": {"color": "#0072B2", "marker": "o"},
     "float16": {"color": "#56B4E9", "marker": "s"},
@@ -21,49 +34,26 @@ _CODES: dict[str, dict[str, Any]] = {
     "codebook4": {"color": "#CC79A7", "marker": "P"},
 }
 _FORMATS: dict[str, dict[str, Any]] = {
-    "bound": {"color": "0.2", "linestyle": (0, (4, 2)), "label": "lossless bound"},
-    "bitmap": {"color": "0.55", "marker": "x", "label": "bitmap + float32"},
-    "csr": {"color": "0.55", "marker": "1", "label": "CSR"},
-    "npz": {"color": "0.55", "marker": "+", "label": "npz"},
-    "gzip": {"color": "0.55", "marker": "|", "label": "gzip"},
+    "bound": {"color": "0.1", "linestyle": (0, (4, 2)), "label": "bound: independent places"},
+    "bitmap": {"color": "#8C564B", "linestyle": "-.", "marker": "x", "label": "bitmap + float32"},
+    "csr": {"color": "0.55", "linestyle": ":", "marker": "1", "label": "CSR"},
+    "npz": {"color": "0.3", "linestyle": "none", "marker": "+", "label": "npz"},
+    "gzip": {
+        "color": "0.6", "marker": "s", "markerfacecolor": "none", "markersize": 6, "label": "gzip"
+    },
+}  # fmt: skip
+_PHASES: dict[str, dict[str, Any]] = {
+    "dense": {"color": "0.45", "marker": "o"},
+    "masked": {"color": "#0072B2", "marker": "s"},
+    "compact": {"color": "#D55E00", "marker": "D"},
 }
-
-
-@style.context(STYLE, after_reset=True)
-def widths(before_after: Mapping[str, tuple[int, int]], *, note: str = "") -> Figure:
-    """Draw the units of every group of a network before and after compaction, a bar each.
-
-    Args:
-        before_after: what `structure.Compaction.widths` holds.
-        note: for the footnote.
-
-    Raises:
-        ValueError: there are no groups.
-    """
-    if not before_after:
-        raise ValueError("widths needs at least one group, got none")
-    names, pairs = [*before_after], [*before_after.values()]
-    fig = Figure(figsize=(6.8, 0.9 + 0.19 * len(names)), layout="constrained")
-    ax = fig.subplots()
-    places = np.arange(len(names))
-    ax.barh(places, [old for old, _ in pairs], color="0.85", label="before")
-    ax.barh(places, [new for _, new in pairs], 0.5, color="#0072B2", label="after")
-    for place, (old, new) in enumerate(pairs):
-        ax.text(old, place, f" {new} of {old}", va="center", fontsize=6.5)
-    ax.set(yticks=places, yticklabels=names, xlabel="units", ylim=(len(names) - 0.4, -0.6))
-    ax.set_xlim(0, 1.15 * max(old for old, _ in pairs))
-    ax.grid(axis="y", visible=False)
-    fig.legend(loc="outside upper center", ncols=2)
-    if note:
-        footnote(fig, note)
-    return fig
 
 
 def crossover(rows: Sequence[Mapping[str, Any]]) -> int | float | None:
     """Return the lowest level (percent) whose median is 3% faster than dense, None without one.
 
     Args:
-        rows: of one method and batch size, as `speedups` takes them.
+        rows: of one granularity and batch size, as `speedups` takes them.
     """
     faster = [row["level"] for row in rows if np.median(row["ratios"]) >= CROSSOVER]
     return min(faster, default=None)
@@ -73,11 +63,14 @@ def crossover(rows: Sequence[Mapping[str, Any]]) -> int | float | None:
 def speedups(rows: Sequence[Mapping[str, Any]], *, note: str = "") -> Figure:
     """Draw how many times as fast as dense pruned networks are, a line a batch size.
 
-    A ring marks the `crossover`, the lowest level at which a network is 3% faster.
+    A ring marks the `crossover`, the lowest level at which a network is 3% faster. At the smallest
+    batch the compiled network at 0%, all of whose weights are kept, is faster than others' dense:
+    a thin line shows what pruning adds to that.
 
     Args:
-        rows: mappings of `method`, `level` (percent), `batch`, `ratios` (the dense network's
-            seconds over the pruned one's, a call each), `kept` and `dense` (multiply-adds).
+        rows: mappings of `granularity`, `level` (percent), `batch`, `ratios` (the dense network's
+            seconds over the pruned one's, a call each), `seconds` (of a call, with `ours`), `dense`
+            and `executed` (multiply-adds of an example: of the dense network, and those run).
         note: for the footnote.
 
     Raises:
@@ -85,33 +78,27 @@ def speedups(rows: Sequence[Mapping[str, Any]], *, note: str = "") -> Figure:
     """
     if not rows:
         raise ValueError("speedups needs at least one row, got none")
-    methods = [m for m in ("weight", "unit") if any(row["method"] == m for row in rows)]
+    granularities = list(dict.fromkeys(row["granularity"] for row in rows))
     batches = sorted({row["batch"] for row in rows})
-    colors = colormaps["viridis"](np.linspace(0, 0.85, len(batches)))
-    fig, axes = panels(1, len(methods), height=3.3, sharey="row")
-    for method, ax in zip(methods, axes[0], strict=True):
-        here = sorted((r for r in rows if r["method"] == method), key=lambda row: row["level"])
-        level_axis(ax, [row["level"] / 100 for row in here], f"k (% of {method}s pruned)")
-        for i, batch in enumerate(batches):
-            line = [row for row in here if row["batch"] == batch]
-            levels = [row["level"] / 100 for row in line]
-            middle, low, high = (np.array([np.quantile(row["ratios"], q) for row in line])
-                                 for q in (0.5, 0.25, 0.75))  # fmt: skip
-            look = {"color": colors[i], "marker": "os^Dvp"[i % 6]}
-            ax.plot(levels, middle, label=f"batch {batch}", **look)
-            ax.fill_between(levels, low, high, color=colors[i], alpha=0.2, linewidth=0)
-            if (first := crossover(line)) is not None:
-                at = [first / 100], [middle[levels.index(first / 100)]]
-                ax.plot(*at, "o", markersize=9, markerfacecolor="none", color=colors[i])
-        ideal = {row["level"] / 100: row["dense"] / row["kept"] for row in here if row["kept"]}
-        ax.plot([*ideal], [*ideal.values()], color="0.4", linestyle=(0, (4, 2)), label="ideal")
+    fig, axes = panels(1, len(granularities), height=3.6, sharey="row")
+    for granularity, ax in zip(granularities, axes[0], strict=True):
+        here = sorted(
+            (r for r in rows if r["granularity"] == granularity), key=lambda r: r["level"]
+        )
+        level_axis(ax, [row["level"] / 100 for row in here], f"{granularity}s")
+        for batch, look in zip(batches, _BATCHES * len(batches), strict=False):
+            _speed_line(ax, [row for row in here if row["batch"] == batch], batch, look)
+        _beside_own_dense(ax, [row for row in here if row["batch"] == batches[0]])
+        ideal = {r["level"] / 100: r["dense"] / r["executed"] for r in here if r["executed"]}
+        ax.plot([*ideal], [*ideal.values()], color="0.4", linestyle=(0, (4, 2)),
+                label="ideal, by multiply-adds run")  # fmt: skip
         ax.axhline(1, color="0.5", linewidth=0.8)
-        ax.set_title(f"{method}s")
-        _log_axis(ax)
+        ax.set_title(f"{granularity}s")
+        log_axis(ax)
     axes[0, 0].set_ylabel("times as fast as dense")
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
-    marks = "band: quartiles; ring: the first level that is 3% faster; ideal: by multiply-adds"
-    footnote(fig, "; ".join(filter(None, [note, marks])))
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    footnote(fig, note, "dense: the faster of XLA and NumPy", "band: quartiles of the calls",
+             "ring: the first level that is 3% faster")  # fmt: skip
     return fig
 
 
@@ -122,7 +109,7 @@ def file_sizes(rows: Sequence[Mapping[str, Any]], *, note: str = "") -> Figure:
     Args:
         rows: mappings of `level` (percent), `seed`, `values` (as `sparse.save_sparse` takes it),
             `bytes`, `accuracy`, and the bytes of other formats, `bound`, `bitmap`, `csr`, `npz`
-            and `gzip`.
+            and `gzip`. `bound` is of independent places and uncompressed float32 values.
         note: for the footnote.
 
     Raises:
@@ -130,37 +117,99 @@ def file_sizes(rows: Sequence[Mapping[str, Any]], *, note: str = "") -> Figure:
     """
     if not rows:
         raise ValueError("file_sizes needs at least one row, got none")
-    fig, ((left, right),) = panels(1, 2, height=3.8)
+    fig, ((left, right),) = panels(1, 2, height=4.1)
     levels = sorted({row["level"] for row in rows})
 
-    def means(values: str, field: str) -> list[float]:
-        found = [[r[field] for r in rows if (r["level"], r["values"]) == (level, values)]
-                 for level in levels]  # fmt: skip
-        return [mean_interval(numbers)[0] for numbers in found]
+    def by_level(values: str, field: str) -> list[list[float]]:
+        return [[r[field] for r in rows if (r["level"], r["values"]) == (level, values)]
+                for level in levels]  # fmt: skip
 
-    level_axis(left, [level / 100 for level in levels], "k (% of weights pruned)")
+    level_axis(left, [level / 100 for level in levels], "weights")
     present = [values for values in _CODES if any(row["values"] == values for row in rows)]
     for values in present:
-        megabytes = np.array(means(values, "bytes")) / 1e6
+        megabytes = np.array([np.mean(found) for found in by_level(values, "bytes")]) / 1e6
         left.plot([level / 100 for level in levels], megabytes, label=values, **_CODES[values])
-        accuracy = np.array(means(values, "accuracy"))
-        right.plot(megabytes, accuracy, linewidth=0.8, **_CODES[values])
+        accuracy = by_level(values, "accuracy")
+        means = np.array([np.mean(seeds) for seeds in accuracy])
+        right.plot(megabytes, means, linewidth=0.8, **_CODES[values])
+        spread = [means - [*map(min, accuracy)], [*map(max, accuracy)] - means]
+        right.errorbar(megabytes, means, spread, fmt="none", color=_CODES[values]["color"],
+                       alpha=0.35, linewidth=0.8)  # fmt: skip
     for name, look in _FORMATS.items():
-        megabytes = np.array(means(present[0], name)) / 1e6
+        megabytes = np.array([np.mean(found) for found in by_level(present[0], name)]) / 1e6
         left.plot([level / 100 for level in levels], megabytes, linewidth=0.8, **look)
-    _log_axis(left)
+    log_axis(left)
     left.set_ylabel("megabytes")
     right.set(xscale="log", xlabel="megabytes", ylabel="test accuracy (%)")
     right.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:g}"))
     right.yaxis.set_major_formatter(FuncFormatter(lambda part, _: percent(round(part, 4))))
-    fig.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=6)
+    fig.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=4)
     seeds = len({row["seed"] for row in rows})
-    footnote(fig, "; ".join(filter(None, [note, f"mean of {seeds} seeds" if seeds > 1 else ""])))
+    footnote(
+        fig, note, f"mean of {seeds} seeds, bars: lowest to highest" if seeds > 1 else "one seed",
+        "bound: of places that are independent, and float32 values; files are below it because "
+        "values compress",
+    )  # fmt: skip
     return fig
 
 
-def _log_axis(ax: Any) -> None:
-    ax.set_yscale("log")
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.yaxis.set_minor_locator(NullLocator())
+@style.context(STYLE, after_reset=True)
+def training_cost(rows: Sequence[Mapping[str, Any]], *, note: str = "") -> Figure:
+    """Draw accuracy against the time of training, and against size: masked beside compact.
+
+    Args:
+        rows: mappings of `seed`, `phase` (dense, masked or compact), `epoch`, `accuracy`,
+            `cpu_seconds` (of the epoch) and `parameters`; masked and compact go on from dense.
+        note: for the footnote.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+    if not rows:
+        raise ValueError("training_cost needs at least one row, got none")
+    fig, ((left, right),) = panels(1, 2, height=3.1, sharey="row")
+    seeds = sorted({row["seed"] for row in rows})
+    for seed in seeds:
+        dense: list[tuple[float, float]] = []
+        for phase, look in _PHASES.items():
+            here = [row for row in rows if (row["seed"], row["phase"]) == (seed, phase)]
+            here.sort(key=lambda row: row["epoch"])
+            path = dense[-1:]
+            for row in here:
+                before = path[-1][0] if path else 0.0
+                path = [*path, (before + row["cpu_seconds"] / 60, row["accuracy"])]
+            dense = path if phase == "dense" else dense
+            style_of_seed = {"linestyle": ("-", "--", ":", "-.")[seeds.index(seed) % 4]}
+            left.plot(*zip(*path, strict=True), **look, **style_of_seed,
+                      label=phase if seed == seeds[0] else "_seed")  # fmt: skip
+            right.plot(here[-1]["parameters"], here[-1]["accuracy"], linestyle="none", **look)
+    left.set(
+        xlabel="minutes of the processor, all cores", ylabel="test accuracy (%)", xlim=(0, None)
+    )
+    left.yaxis.set_major_formatter(FuncFormatter(lambda part, _: percent(round(part, 4))))
+    right.set(xlabel="parameters, after the last epoch", xlim=(0, None))
+    right.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:,.0f}"))
+    fig.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    names = f"a line and a point a seed ({', '.join(map(str, seeds))})"
+    footnote(fig, note, names if len(seeds) > 1 else over_seeds(1))
+    return fig
+
+
+def _speed_line(ax: Any, rows: Sequence[Mapping[str, Any]], batch: int, look: Any) -> None:
+    levels = [row["level"] / 100 for row in rows]
+    middle, low, high = (np.array([np.quantile(row["ratios"], q) for row in rows])
+                         for q in (0.5, 0.25, 0.75))  # fmt: skip
+    ax.plot(levels, middle, label=f"batch {batch}", **look)
+    ax.fill_between(levels, low, high, color=look["color"], alpha=0.15, linewidth=0, zorder=1.4)
+    if (first := crossover(rows)) is not None:
+        at = [first / 100], [middle[levels.index(first / 100)]]
+        ax.plot(*at, "o", markersize=9, markerfacecolor="none", color=look["color"])
+
+
+def _beside_own_dense(ax: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the smallest batch beside the same kernel with all weights, if it was measured."""
+    seconds = {row["level"] / 100: np.median(row["seconds"]["ours"]) for row in rows}
+    if 0 in seconds:
+        ratios = [seconds[0] / here for here in seconds.values()]
+        ax.plot([*seconds], ratios, color=_BATCHES[0]["color"], linestyle=":", marker=".",
+                label=f"batch {rows[0]['batch']}, beside own dense, 0%")  # fmt: skip

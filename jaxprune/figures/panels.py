@@ -1,8 +1,8 @@
-"""What all figures share: their style, their panels, the axis of levels, and how they are saved."""
+"""What all figures share: their style, panels, axes and curves, and how they are saved."""
 
 import math
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,10 @@ import numpy as np
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from jaxprune.results import mean_interval
+from jaxprune.types import Metric
 
 STYLE = {
     "font.family": "DejaVu Sans", "font.size": 8, "axes.titlesize": 8.5, "legend.fontsize": 8,
@@ -18,6 +22,9 @@ STYLE = {
     "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.2,
     "lines.markersize": 3.8, "savefig.dpi": 200, "svg.fonttype": "path", "svg.hashsalt": "jaxprune",
 }  # fmt: skip
+ENOUGH = 5  # seeds from which a t interval says more than the points themselves
+Look = dict[str, Any]
+Points = Mapping[Any, Sequence[tuple[Any, Any]]]  # by place, (x, y) of every seed
 
 
 @style.context(STYLE, after_reset=True)
@@ -25,6 +32,10 @@ def save_figures(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
     """Write figures as PNG and SVG into a folder, made if missing; return the files.
 
     The same rows give the same bytes.
+
+    Args:
+        figures: by the name of their files.
+        folder: where to.
     """
     folder.mkdir(parents=True, exist_ok=True)
     # Neither the time nor the version of matplotlib belongs in a file that is kept in git.
@@ -46,10 +57,10 @@ def panels(down: int, across: int, *, height: float, sharey: Any = False) -> tup
 
 def percent(fraction: float) -> str:
     """Return a fraction in percent, as short as it is exact."""
-    return f"{100 * fraction:g}".replace("-", "\N{MINUS SIGN}")
+    return f"{round(100 * fraction, 10):g}".replace("-", "\N{MINUS SIGN}")
 
 
-def level_axis(ax: Axes, levels: Iterable[float], label: str) -> None:
+def level_axis(ax: Axes, levels: Iterable[float], what: str) -> None:
     """Space the levels by the logarithm of what they keep: the interesting ones are on the right.
 
     What is kept is shifted by twice the least of any level, so that 100% has a place.
@@ -75,9 +86,85 @@ def level_axis(ax: Axes, levels: Iterable[float], label: str) -> None:
             free = place(level) - room
     ax.set_xticks(labelled, [percent(level) for level in labelled])
     ax.set_xticks(levels, minor=True)
-    ax.set_xlabel(label)
+    ax.set_xlabel(f"k (% of {what} pruned),\nspaced by the logarithm of what is kept")
 
 
-def footnote(fig: Figure, text: str) -> None:
+def log_axis(ax: Axes) -> None:
+    """Make the y axis logarithmic, with ticks at 1, 2 and 5."""
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_locator(NullLocator())
+
+
+def metric_axis(metric: Metric, *line: Axes, zoom: bool = False) -> None:
+    """Scale, limit and name the y axis of panels side by side; wide bands may be cut off.
+
+    What has no upper bound but a lower one of 0, such as a loss, grows tenfold over the levels and
+    doubles where others hardly move: its axis is logarithmic. A bounded metric, of which one side
+    is better, is shown over all of its range unless `zoom`.
+    """
+    label = f"{metric.label} ({metric.unit})" if metric.unit else metric.label
+    line[0].set_ylabel(textwrap.fill(label, 28, break_on_hyphens=False))
+    means = [np.asarray(found.get_ydata()) for ax in line for found in ax.lines]
+    values = np.concatenate([*means, [math.nan]])
+    logarithmic = metric.low == 0 and metric.high is None and not np.any(values <= 0)
+    for ax in line:
+        if logarithmic:
+            log_axis(ax)
+        elif metric.unit == "%":
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda part, _: percent(part)))
+    if logarithmic and np.isfinite(values).any():
+        low, high = line[0].get_ylim()
+        line[0].set_ylim(max(low, np.nanmin(values) / 2), min(high, np.nanmax(values) * 2))
+    elif metric.low is not None and metric.high is not None and metric.better and not zoom:
+        room = 0.02 * (metric.high - metric.low)
+        line[0].set_ylim(metric.low - room, metric.high + room)
+    elif metric.high is not None and metric.chance is not None:  # what is far below it says no more
+        line[0].set_ylim(max(line[0].get_ylim()[0], 2 * metric.chance - metric.high))
+
+
+def curve(ax: Axes, points: Points, metric: Metric | None = None, **look: Any) -> None:
+    """Draw the mean over seeds as a line, and each seed as a point.
+
+    From `ENOUGH` seeds on there is a band, the 95% t interval, cut at the bounds of the metric.
+
+    Args:
+        ax: the panel.
+        points: by level, or whatever tells the places of a line apart, (x, y) of every seed.
+        metric: whose bounds hold; None for a difference.
+        look: of the line.
+    """
+    if not points:
+        return
+    xs = [mean_interval([x for x, _ in seeds])[0] for seeds in points.values()]
+    ys = [mean_interval([y for _, y in seeds]) for seeds in points.values()]
+    ax.plot(xs, [mean for mean, _ in ys], **look)
+    if max(map(len, points.values())) > 1:
+        # The same points under the lines, so that they never hide one.
+        every = np.array([point for seeds in points.values() for point in seeds])
+        ax.plot(*every.T, "o", color=look["color"], markersize=2, alpha=0.55, zorder=1.6,
+                markeredgewidth=0, label="_seeds")  # fmt: skip
+    if min(map(len, points.values())) >= ENOUGH:
+        least = -math.inf if metric is None or metric.low is None else metric.low
+        most = math.inf if metric is None or metric.high is None else metric.high
+        low, high = zip(*((mean - (half or 0), mean + (half or 0)) for mean, half in ys),
+                        strict=True)  # fmt: skip
+        ax.fill_between(xs, np.clip(low, least, most), np.clip(high, least, most),
+                        color=look["color"], alpha=0.12, linewidth=0, zorder=1.4)  # fmt: skip
+
+
+def over_seeds(seeds: int) -> str:
+    """Say what lines, points and bands are, for the footnote."""
+    if seeds == 1:
+        return "one seed"
+    if seeds < ENOUGH:
+        return f"lines: mean of {seeds} seeds; small points: the seeds"
+    band = "95% t interval, cut at the bounds of the metric"
+    return f"lines: mean of {seeds} seeds; small points: the seeds; bands: {band}"
+
+
+def footnote(fig: Figure, *texts: str) -> None:
     """Say below a figure what it is of."""
-    fig.supxlabel(textwrap.fill(text, 130), x=0.01, ha="left", fontsize=6.5, color="0.3")
+    text = textwrap.fill("; ".join(filter(None, texts)), 142)
+    fig.supxlabel(text, x=0.01, ha="left", fontsize=6.5, color="0.3")

@@ -1,330 +1,223 @@
-"""Draw the figures of a sweep: rows in, matplotlib figures out.
+"""Draw the figures of a study: rows and metrics in, matplotlib figures out.
 
-Rows come from `results`. A line is the mean over seeds, its band the 95% Student t interval;
-one-shot is dashed, trained solid. Figures, panels and lines without rows are left out, and rows of
-other methods and protocols are not drawn. This is the last stage of a sweep.
+Both come from `results`; which two metrics are drawn, their labels, units and bounds are the
+task's. What has no rows is left out.
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from matplotlib import colormaps, style
-from matplotlib.artist import Artist
-from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
+from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from jaxprune.figures.panels import STYLE, footnote, level_axis, panels, percent
-from jaxprune.results import Row, mean_interval
+from jaxprune.config import Arm
+from jaxprune.figures.arms import (
+    add_name,
+    arm_curves,
+    drawn_metrics,
+    families_of,
+    family_name,
+    family_of,
+    finish,
+    last_epoch,
+    legend_of,
+    looks_of,
+    mark_guess,
+    panel_rows,
+    present,
+    zoom_in,
+)
+from jaxprune.figures.epochs import epoch_training
+from jaxprune.figures.panels import STYLE, Look, Points, curve, level_axis, metric_axis, panels
+from jaxprune.results import Row
+from jaxprune.types import Metric
 
-_Look = dict[str, Any]
-_METHODS: dict[str, _Look] = {
-    "weight": {"color": "#0072B2", "marker": "o"},
-    "unit": {"color": "#D55E00", "marker": "s"},
-}
-_PROTOCOLS: dict[str, _Look] = {
-    "one_shot": {"linestyle": (0, (4, 2)), "markerfacecolor": "white"},
-    "trained": {"linestyle": "-"},
-}
-_SCALED: _Look = {"color": "#009E73", "marker": "D"}
-_GUESS: _Look = {"color": "0.4", "linestyle": ":", "linewidth": 1, "label": "uniform guess"}
-_NAMES = {"one_shot": "one-shot", "trained": "trained", "weight": "weights", "unit": "units"}
-_LABELS = {
-    "accuracy": "test accuracy (%)",
-    "loss": "test loss (nats)",
-    "signed_ece": "signed ECE (%)\n> 0: over-confident",
-    "churn": "churn (%)\nagainst the dense network",
-    "worst_class_accuracy": "accuracy of the\nworst class (%)",
-}
-_ROOM = 14  # labels that fit beside a panel of the epochs
+_SCALED: Look = {"color": "#009E73", "marker": "D"}
+_CALIBRATION = ("signed_ece", "loss", "scaled_loss", "churn", "worst_class_accuracy")
 
 
 @style.context(STYLE, after_reset=True)
-def k_sparsity(rows: Sequence[Row], method: str, *, note: str = "") -> Figure | None:
-    """Draw accuracy and loss against k for one method, at the last epoch.
+def k_sparsity(
+    rows: Sequence[Row], metrics: Sequence[Metric], granularity: str, *, note: str = ""
+) -> Figure | None:
+    """Draw the two metrics against k for one granularity, at the last epoch, a line an arm.
 
     Args:
-        rows: rows of one sweep, in any order, of one criterion and scope.
-        method: "weight" or "unit".
+        rows: of one study, in any order.
+        metrics: of its task, as `load_run(...).metrics` has them.
+        granularity: such as `weight`.
         note: what rows do not say (data set, network), for the footnote.
 
     Returns:
         The figure; None where there is nothing to draw.
-
-    Raises:
-        ValueError: the rows are of several criteria or scopes.
     """
-    rows = [row for row in _last_epoch(rows) if row.method == method]
-    if not rows:
+    rows = [row for row in last_epoch(rows) if row.granularity == granularity]
+    drawn = drawn_metrics(metrics)
+    if not rows or not drawn:
         return None
-    fig, axes = panels(1, 2, height=2.9)
-    for ax, metric in zip(axes[0], ("accuracy", "loss"), strict=True):
-        level_axis(ax, *_levels(rows))
-        _curves(ax, rows, "target_sparsity", metric)
-        _metric_axis(metric, ax)
-    return _finish(fig, rows, note, _handles(rows, axes.T))
+    fig, axes = panels(1, len(drawn), height=3.1)
+    look = looks_of(rows)
+    for ax, metric in zip(axes[0], drawn, strict=True):
+        level_axis(ax, {row.target_sparsity for row in rows}, f"{granularity}s")
+        arm_curves(ax, rows, "target_sparsity", metric, look)
+        metric_axis(metric, ax)
+        mark_guess(metric, ax)
+    return finish(fig, rows, note, legend_of(rows, drawn))
 
 
 @style.context(STYLE, after_reset=True)
-def weight_vs_unit(rows: Sequence[Row], *, note: str = "") -> Figure | None:
-    """Draw both methods against k, and against the weights that remain, at the last epoch.
+def weight_vs_unit(
+    rows: Sequence[Row], metrics: Sequence[Metric], *, note: str = ""
+) -> Figure | None:
+    """Draw all granularities against k, and against the weights that remain, at the last epoch.
 
-    Equal k is not equal size: a unit takes its outgoing weights along. Arguments as `k_sparsity`.
+    Equal k is not equal size: a unit takes its outgoing weights along. A row of panels a metric,
+    the first once more for what is trained, over a smaller range; of several families a row each,
+    of the first metric. Arguments as `k_sparsity`.
 
     Returns:
-        The figure, without its second column where no row knows `remaining`; None unless both
-        methods have rows.
+        The figure, without its second column where no row knows `remaining`; None unless there
+        are two granularities.
     """
-    rows = _last_epoch(rows)
-    if len(_present(rows, "method")) < 2:
+    rows = last_epoch(rows)
+    if len(present(rows, "granularity")) < 2 or not drawn_metrics(metrics):
         return None
-    sized = [row for row in rows if row.remaining]  # a log axis has no place for 0
-    fig, axes = panels(2, 2 if sized else 1, height=5.0, sharey="row")
-    for line, metric in zip(axes, ("accuracy", "loss"), strict=True):
-        level_axis(line[0], *_levels(rows))
-        _curves(line[0], rows, "target_sparsity", metric)
+    sized = any(row.remaining for row in rows)  # a log axis has no place for 0
+    parts = panel_rows(rows, metrics)
+    fig, axes = panels(len(parts), 2 if sized else 1, height=0.9 + 2.1 * len(parts), sharey="row")
+    look = looks_of(rows, families=False)
+    what = " or ".join(f"{name}s" for name in present(rows, "granularity"))
+    for line, (metric, title, here, near) in zip(axes, parts, strict=True):
+        here = [row for row in here if row.protocol == "trained"] if near else here
+        level_axis(line[0], {row.target_sparsity for row in rows}, what)
+        arm_curves(line[0], here, "target_sparsity", metric, look)
         if sized:
             line[1].set(xscale="log", xlabel="weights that remain (fewer to the right)")
-            _curves(line[1], sized, "remaining", metric)
-        _metric_axis(metric, *line)
+            arm_curves(line[1], [r for r in here if r.remaining], "remaining", metric, look)
+        metric_axis(metric, *line, zoom=near)
+        if near:
+            zoom_in(metric, here, line)
+        else:
+            mark_guess(metric, *line)
+        add_name(line[0], title)
     if sized:
         axes[0, 1].invert_xaxis()
     for ax, title in zip(axes[0], ("at equal k", "at equal size"), strict=False):
         ax.set_title(title)
-    return _finish(fig, rows, note, _handles(rows, axes))
+    return finish(fig, rows, note, legend_of(rows, drawn_metrics(metrics), shown=[]))
 
 
 @style.context(STYLE, after_reset=True)
-def epoch_training(rows: Sequence[Row], method: str, *, note: str = "") -> Figure | None:
-    """Draw accuracy and loss over the epochs, a line a level and a column a protocol.
+def differences(rows: Sequence[Row], metrics: Sequence[Metric], *, note: str = "") -> Figure | None:
+    """Draw each family's metrics less those of the first family, paired by seed, against k.
 
-    The epochs in which the trained networks are being pruned are shaded; each protocol has its own
-    y axes. Arguments and result as `k_sparsity`.
+    A column a granularity, at the last epoch. Arguments as `k_sparsity`.
+
+    Returns:
+        The figure; None unless there are several criteria or scopes.
     """
-    rows = [row for row in _one_study(rows) if row.method == method]
-    if not rows:
+    rows, drawn = last_epoch(rows), drawn_metrics(metrics)
+    if len(families := families_of(rows)) < 2 or not drawn:
         return None
-    protocols = _present(rows, "protocol")
-    levels = sorted({row.target_sparsity for row in rows})
-    colors = colormaps["viridis"](np.linspace(0, 0.85, len(levels)))
-    fig, axes = panels(2, len(protocols), height=5.4)
-    shades = []
-    for protocol, column in zip(protocols, axes.T, strict=True):
-        drawn = [row for row in rows if row.protocol == protocol]
-        span = _pruning_epochs(drawn) if protocol == "trained" else None
-        branch = span[0] if span else 0  # the levels are one network until then, drawn once
-        for ax, metric in zip(column, ("accuracy", "loss"), strict=True):
-            for i, level in enumerate(levels):
-                here = [row for row in drawn if row.target_sparsity == level]
-                here = [row for row in here if i == 0 or row.epoch >= branch]
-                _curve(ax, here, "epoch", metric, label=percent(level), color=colors[i],
-                       marker="os^Dvp"[i % 6], markersize=2.6)  # fmt: skip
-            ax.set_xlabel("epochs trained")
-            whole = MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1)
-            ax.xaxis.set_major_locator(whole)
-            _metric_axis(metric, ax, zoom=True)
-            _label_lines(ax)
-            if span:
-                shade = ax.axvspan(*span, color="0.95", linewidth=0, zorder=0, label="being pruned")
-                shades = [shade]
-        column[0].set_title(f"{_NAMES[method]}, {_NAMES[protocol]}")
-    return _finish(fig, rows, note, shades)
+    first, *others = families
+    granularities, look = present(rows, "granularity"), looks_of(rows)
+    height = 1.2 + 2.1 * len(drawn)
+    fig, axes = panels(len(drawn), len(granularities), height=height, sharey="row")
+    for line, metric in zip(axes, drawn, strict=True):
+        for granularity, ax in zip(granularities, line, strict=True):
+            here = [row for row in rows if row.granularity == granularity]
+            level_axis(ax, {row.target_sparsity for row in here}, f"{granularity}s")
+            for arm in dict.fromkeys(row.arm for row in here if family_of(row) in others):
+                base = arm._replace(criterion=first[0], scope=first[1])
+                curve(ax, _paired(here, arm, base, metric.name), **look(arm))
+            ax.axhline(0, color="0.5", linewidth=0.8)
+        metric_axis(metric._replace(low=None, high=None), *line)
+        unit = "points" if metric.unit == "%" else metric.unit
+        label = f"{metric.label} less that\nof {family_name(first, rows)}"
+        line[0].set_ylabel(label + f" ({unit})" * bool(unit))
+    for granularity, ax in zip(granularities, axes[0], strict=True):
+        ax.set_title(f"{granularity}s")
+    note = "; ".join(filter(None, [note, "differences are paired by seed"]))
+    return finish(fig, rows, note, legend_of(rows, [], shown=others))
 
 
 @style.context(STYLE, after_reset=True)
-def calibration_and_churn(rows: Sequence[Row], *, note: str = "") -> Figure | None:
+def calibration_and_churn(
+    rows: Sequence[Row], metrics: Sequence[Metric], *, note: str = ""
+) -> Figure | None:
     """Draw signed ECE, loss before and after temperature scaling, churn and the worst class.
 
-    A column a method, against k, at the last epoch. Arguments and result as `k_sparsity`.
+    A column a granularity, against k, at the last epoch. Arguments and result as `k_sparsity`; None
+    for tasks that do not measure all of these.
     """
-    rows = _last_epoch(rows)
-    if not rows:
+    rows = last_epoch(rows)
+    known = {metric.name: metric for metric in metrics}
+    if not rows or not all(name in known for name in _CALIBRATION):
         return None
-    methods, protocols = _present(rows, "method"), _present(rows, "protocol")
-    fig, axes = panels(4, len(methods), height=7.6, sharey="row")
-    metrics = ("signed_ece", "loss", "churn", "worst_class_accuracy")
-    for metric, line in zip(metrics, axes, strict=True):
-        for method, ax in zip(methods, line, strict=True):
-            drawn = [row for row in rows if row.method == method]
-            level_axis(ax, *_levels(drawn))
-            _curves(ax, drawn, "target_sparsity", metric)
-            if metric == "loss":
-                _curves(ax, drawn, "target_sparsity", "scaled_loss", **_SCALED)
-        _metric_axis(metric, *line)
-    for method, ax in zip(methods, axes[0], strict=True):
-        ax.set_title(_NAMES[method])
-        ax.axhline(0, color="0.5", linewidth=0.8)
-    looks: list[_Look] = [_PROTOCOLS[p] | {"color": "0.2", "label": _NAMES[p]} for p in protocols]
-    looks.append(_SCALED | {"label": "loss after temperature scaling"})
-    return _finish(fig, rows, note, [Line2D([], [], **look) for look in looks])
+    several = len(families_of(rows)) > 1
+    names = [name for name in _CALIBRATION if several or name != "scaled_loss"]
+    granularities, look = present(rows, "granularity"), looks_of(rows)
+    fig, axes = panels(len(names), len(granularities), height=7.8 + 1.6 * several, sharey="row")
+    for line, name in zip(axes, names, strict=True):
+        for granularity, ax in zip(granularities, line, strict=True):
+            here = [row for row in rows if row.granularity == granularity]
+            level_axis(ax, {row.target_sparsity for row in here}, f"{granularity}s")
+            arm_curves(ax, here, "target_sparsity", known[name], look)
+            if name == "loss" and not several:
+                scaled = known["scaled_loss"]
+                arm_curves(ax, here, "target_sparsity", scaled, lambda arm: look(arm) | _SCALED)
+            if name == "signed_ece":
+                ax.set_title(f"{granularity}s")
+                ax.axhline(0, color="0.5", linewidth=0.8)
+        metric_axis(known[name], *line)
+    add_name(axes[0, 0], "above 0: over-confident")
+    handles = legend_of(rows, [])
+    if not several:
+        handles.append(Line2D([], [], label="loss at the best temperature", **_SCALED))
+    return finish(fig, rows, note, handles)
 
 
-def draw_figures(rows: Sequence[Row], *, note: str = "") -> dict[str, Figure]:
-    """Draw every figure that the rows allow; return them by name."""
+def draw_figures(
+    rows: Sequence[Row], metrics: Sequence[Metric], *, note: str = ""
+) -> dict[str, Figure]:
+    """Draw every figure that the rows allow; return them by name.
+
+    Args:
+        rows: of one study, in any order.
+        metrics: of its task, as `load_run(...).metrics` has them.
+        note: what rows do not say (data set, network), for the footnotes.
+
+    Example:
+        >>> draw_figures([], [])
+        {}
+    """
+    granularities = present(rows, "granularity")
     figures = {
-        "k-sparsity-weight": k_sparsity(rows, "weight", note=note),
-        "k-sparsity-unit": k_sparsity(rows, "unit", note=note),
-        "weight-vs-unit": weight_vs_unit(rows, note=note),
-        "epoch_training_weights": epoch_training(rows, "weight", note=note),
-        "epoch_training_units": epoch_training(rows, "unit", note=note),
-        "calibration-and-churn": calibration_and_churn(rows, note=note),
-    }
+        **{f"k-sparsity-{g}": k_sparsity(rows, metrics, g, note=note) for g in granularities},
+        "weight-vs-unit": weight_vs_unit(rows, metrics, note=note),
+        "differences": differences(rows, metrics, note=note),
+        **{f"epoch_training_{g}s": epoch_training(rows, metrics, g, note=note)
+           for g in granularities},
+        "calibration-and-churn": calibration_and_churn(rows, metrics, note=note),
+    }  # fmt: skip
     return {name: fig for name, fig in figures.items() if fig is not None}
 
 
 def describe(settings: Mapping[str, Any]) -> str:
     """Return a note on the data set and the network, as far as the settings of a run tell."""
-    dataset = str(settings.get("dataset", "")).rstrip("/").split("/")[-1]
     sizes = "-".join(map(str, settings.get("hidden_sizes", ())))
-    return "; ".join(filter(None, [dataset, sizes and f"hidden layers {sizes}"]))
+    texts = [settings.get("dataset"), settings.get("network"), sizes and f"hidden layers {sizes}"]
+    return "; ".join(str(text) for text in texts if text)
 
 
-def _one_study(rows: Sequence[Row]) -> list[Row]:
-    rows = [row for row in rows if row.method in _METHODS and row.protocol in _PROTOCOLS]
-    studies = sorted({(row.criterion, row.scope) for row in rows})
-    if len(studies) > 1:
-        raise ValueError(f"rows must be of one criterion and scope, got {studies}: select one")
-    return sorted(rows, key=lambda row: (row.target_sparsity, row.epoch, row.seed))
-
-
-def _last_epoch(rows: Sequence[Row]) -> list[Row]:
-    rows = _one_study(rows)
-    last = max((row.epoch for row in rows), default=0)
-    return [row for row in rows if row.epoch == last]
-
-
-def _present(rows: Sequence[Row], field: str) -> list[str]:
-    values = {getattr(row, field) for row in rows}
-    return [name for name in _NAMES if name in values]
-
-
-def _curve(ax: Axes, rows: Sequence[Row], x: str, y: str, **look: Any) -> None:
-    """Draw the mean of y against the mean of x, each over the seeds of a level and epoch."""
-    groups = defaultdict(list)
-    for row in rows:
-        point = getattr(row, x), getattr(row, y)
-        if all(value is not None and math.isfinite(value) for value in point):
-            groups[row.target_sparsity, row.epoch].append(point)
-    if not groups:
-        return
-    xs = [mean_interval([x for x, _ in group])[0] for group in groups.values()]
-    ys = [mean_interval([y for _, y in group]) for group in groups.values()]
-    ax.plot(xs, [mean for mean, _ in ys], **look)
-    if any(half is not None for _, half in ys):
-        low = [math.nan if half is None else mean - half for mean, half in ys]
-        high = [math.nan if half is None else mean + half for mean, half in ys]
-        ax.fill_between(xs, low, high, color=look["color"], alpha=0.15, linewidth=0)
-        if len(xs) == 1:  # a band of no width
-            bar = LineCollection([[(xs[0], low[0]), (xs[0], high[0])]], color=look["color"])
-            ax.add_collection(bar, autolim=False)
-
-
-def _curves(ax: Axes, rows: Sequence[Row], x: str, y: str, **look: Any) -> None:
-    for (method, protocol), own in _looks(rows).items():
-        drawn = [row for row in rows if (row.method, row.protocol) == (method, protocol)]
-        _curve(ax, drawn, x, y, **(own | look))
-
-
-def _looks(rows: Sequence[Row]) -> dict[tuple[str, str], _Look]:
-    return {
-        (m, p): {"label": f"{_NAMES[m]}, {_NAMES[p]}"} | _METHODS[m] | _PROTOCOLS[p]
-        for m in _present(rows, "method")
-        for p in _present([row for row in rows if row.method == m], "protocol")
-    }
-
-
-def _handles(rows: Sequence[Row], axes: Any) -> list[Line2D]:
-    """Mark what a uniform guess gets in the panels of accuracy and loss; return the legend."""
-    classes = len(rows[0].class_accuracy)
-    looks = [*_looks(rows).values()]
-    if classes > 0:
-        looks.append(_GUESS)
-        for line, value in zip(axes, (1 / classes, math.log(classes)), strict=True):
-            for ax in line:
-                ax.set(autoscale_on=False)
-                ax.axhline(value, **_GUESS)
-    return [Line2D([], [], **look) for look in looks]
-
-
-def _levels(rows: Sequence[Row]) -> tuple[list[float], str]:
-    """Return the levels, and what their axis is named."""
-    units = " or ".join(_NAMES[method] for method in _present(rows, "method"))
-    return [row.target_sparsity for row in rows], f"k (% of {units} pruned)"
-
-
-def _metric_axis(metric: str, *line: Axes, zoom: bool = False) -> None:
-    """Scale, limit and name the y axis of panels side by side; wide bands may be cut off."""
-    line[0].set_ylabel(_LABELS[metric])
-    for ax in line:
-        if metric == "loss":
-            # It grows tenfold over the levels, and doubles where accuracy hardly moves.
-            ax.set_yscale("log")
-            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            ax.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
-            ax.yaxis.set_minor_locator(NullLocator())
-        else:
-            ax.yaxis.set_major_formatter(FuncFormatter(lambda part, _: percent(part)))
-    low, high = line[0].get_ylim()
-    if metric == "loss":
-        means = np.concatenate([curve.get_ydata() for ax in line for curve in ax.lines] or [[1]])
-        line[0].set_ylim(max(low, means.min() / 2), min(high, means.max() * 2))
-    elif metric != "signed_ece":
-        least, most = -0.02, 1.02
-        line[0].set_ylim((max(low, least), min(high, most)) if zoom else (least, most))
-
-
-def _label_lines(ax: Axes) -> None:
-    """Write each line's label beside its end, as near as the other labels allow."""
-    lines = sorted(ax.lines, key=lambda line: np.asarray(line.get_ydata())[-1])
-    if not lines:
-        return
-    lines = lines[:: -(-len(lines) // _ROOM)]
-    ends = [tuple(np.asarray(line.get_xydata())[-1]) for line in lines]
-    heights = ax.transAxes.inverted().transform(ax.transData.transform(ends))[:, 1]
-    # The nearest places at least 1 / _ROOM apart: an isotonic regression.
-    steps = np.arange(len(lines)) / _ROOM
-    free, n = heights - steps, range(len(lines))
-    free = [max(min(free[j : k + 1].mean() for k in n[i:]) for j in n[: i + 1]) for i in n]
-    for line, end, y in zip(lines, ends, np.clip(free, 0, 1 - steps[-1]) + steps, strict=True):
-        color = line.get_color()
-        arrow = {"arrowstyle": "-", "linewidth": 0.5, "color": color, "shrinkA": 0, "shrinkB": 2,
-                 "relpos": (-0.3, 0.55), "patchA": None}  # fmt: skip
-        ax.annotate(str(line.get_label()), end, (1.07, y), textcoords="axes fraction", va="center",
-                    fontsize=6.5, arrowprops=arrow)  # fmt: skip
-    ax.annotate("k (%)", (1.07, 1.07), xycoords="axes fraction", va="center", fontsize=6.5)
-
-
-def _pruning_epochs(rows: Sequence[Row]) -> tuple[int, int] | None:
-    """Return the last dense and the first fully pruned epoch, read off the achieved sparsity."""
-    level = max(row.target_sparsity for row in rows)
-    seed = min(row.seed for row in rows if row.target_sparsity == level)
-    reached = {r.epoch: r.sparsity for r in rows if (r.target_sparsity, r.seed) == (level, seed)}
-    final = reached[max(reached)]
-    if final == 0:
-        return None
-    dense = max((epoch for epoch, sparsity in reached.items() if sparsity == 0), default=0)
-    return dense, min(epoch for epoch, sparsity in reached.items() if sparsity == final)
-
-
-def _finish(fig: Figure, rows: Sequence[Row], note: str, handles: Sequence[Artist]) -> Figure:
-    """Add the legend above and the footnote below; name the x axis on the last row only."""
-    for ax in fig.axes:
-        if (place := ax.get_subplotspec()) and not place.is_last_row():
-            ax.set_xlabel("")
-    fig.align_labels()
-    if handles:
-        fig.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 3))
-    seeds, epochs = len({row.seed for row in rows}), max(row.epoch for row in rows)
-    texts = [
-        note,
-        f"{rows[0].criterion} scores, by {rows[0].scope}",
-        f"{epochs} epoch{'s' * (epochs > 1)}",
-        "one seed" if seeds == 1 else f"mean of {seeds} seeds, band: 95% t interval",
-    ]
-    footnote(fig, "; ".join(filter(None, texts)))
-    return fig
+def _paired(rows: Sequence[Row], arm: Arm, base: Arm, metric: str) -> Points:
+    """Return by level (level, arm less base) of the seeds that both have."""
+    found = {(row.arm, row.target_sparsity, row.seed): row.metrics.get(metric) for row in rows}
+    points = defaultdict(list)
+    for level, seed in sorted(key[1:] for key in found if key[0] == arm):
+        ours, theirs = found[arm, level, seed], found.get((base, level, seed))
+        if ours is not None and theirs is not None:
+            points[level].append((level, ours - theirs))
+    return points

@@ -21,7 +21,7 @@ from jax.core import Tracer
 
 from jaxprune import trees
 from jaxprune.masks import check_masks
-from jaxprune.sparse.program import Product, Program, chains
+from jaxprune.sparse.program import Inlined, Product, chains
 from jaxprune.structure import Compaction
 from jaxprune.types import Apply, Masks, Params
 
@@ -192,7 +192,7 @@ class SparseNetwork:
         params = jax.tree.unflatten(self._tree, leaves)
         masks = jax.tree.unflatten(self._tree, [_nonzero(leaf) for leaf in leaves])
         plan = Compaction(self._apply, params, masks, x, fold=True)
-        program = Program.of(plan.apply, plan.params, x)
+        program = Inlined.of(plan.apply, plan.params, x)
         products = program.products()
         masked = {i for i, kept in enumerate(self._kept) if kept.masked}
         if masked and not any(masked & product.leaves for product in products):
@@ -200,7 +200,7 @@ class SparseNetwork:
                 "no masked leaf is the weights of a matrix product outside of loops (and of one, "
                 "not of a stack): there is nothing to run sparsely; `compact` removes units alone"
             )
-        whole = _dense_work(Program.of(self._apply, params, x).products())
+        whole = _dense_work(Inlined.of(self._apply, params, x).products())
         choices = [
             _Choice(jax.jit(self._apply), jax.tree.map(jnp.asarray, params), whole),
             _with_sparse(program, [], products),
@@ -281,7 +281,7 @@ def _dense_work(products: Sequence[Product]) -> Report:
 
 
 def _with_sparse(
-    program: Program, sparse: Sequence[Product], products: Sequence[Product]
+    program: Inlined, sparse: Sequence[Product], products: Sequence[Product]
 ) -> _Choice:
     """Return a network, some of its products as calls of the kernel."""
     found = chains(sparse)
@@ -323,7 +323,7 @@ def _rows(product: Product) -> int:
     return math.prod(size for axis, size in sizes if axis not in product.axes)
 
 
-def _faster_alone(program: Program, products: Sequence[Product], x: Any) -> list[Product]:
+def _faster_alone(program: Inlined, products: Sequence[Product], x: Any) -> list[Product]:
     """Return the products that are faster over the kept weights, each measured by itself."""
     from jaxprune.sparse import kernel
 

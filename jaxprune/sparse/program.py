@@ -85,7 +85,7 @@ Chain = Sequence[Product]
 """Products of which each takes in what the one before gives, and nothing else does."""
 
 
-class Program(NamedTuple):
+class Inlined(NamedTuple):
     """A network as a list of simple equations.
 
     Attributes:
@@ -101,7 +101,7 @@ class Program(NamedTuple):
     structure: Any
 
     @classmethod
-    def of(cls, apply: Apply, params: Params, x: Any) -> "Program":
+    def of(cls, apply: Apply, params: Params, x: Any) -> "Inlined":
         """Trace a network."""
         closed, shape = jax.make_jaxpr(apply, return_shape=True)(params, x)
         leaves = jax.tree.leaves(params)

@@ -28,9 +28,9 @@ import safetensors.numpy
 import zstandard
 
 from jaxprune import files, trees
+from jaxprune.distribution import check_choice
 from jaxprune.masks import check_masks
 from jaxprune.sparse import codec
-from jaxprune.sparsity import check_choice
 from jaxprune.types import Masks, Params
 
 Values = Literal["float32", "float16", "int8", "codebook4", "codebook5", "codebook6"]

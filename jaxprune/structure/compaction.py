@@ -5,6 +5,7 @@ and removed; what cannot be proven stays, masked. Training goes on with what com
 """
 
 import warnings
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -37,13 +38,9 @@ class Compaction:
     def __init__(
         self, apply: Apply, params: Params, masks: Masks, x: Any, *, fold: bool, state: State = None
     ):
-        check_masks(masks, params)
-        for path, mask in trees.paths_and_leaves(masks):
-            if isinstance(mask, Tracer):
-                raise TypeError(f"mask {path!r} has no values: compact outside of jit")
+        self._masks = [np.array(mask) for mask in _concrete(masks, params)]  # folding writes them
         self._full_apply, self._state = apply, state
         self._tree = jax.tree.structure(params)
-        self._masks = [np.array(mask, bool) for mask in jax.tree.leaves(masks)]
         self._programs: dict[Any, tuple[Program, Keep]] = {}
         self._shapes = {path: jnp.shape(leaf) for path, leaf in trees.paths_and_leaves(params)}
         program = trace_program(apply, params, x, state)
@@ -248,6 +245,55 @@ def compact(
     return plan.params, plan.apply
 
 
+def remaining(
+    apply: Apply,
+    params: Params,
+    x: Any,
+    *,
+    state: State = None,
+    counted: Callable[[str], bool] = lambda path: True,
+) -> Callable[[Masks], int]:
+    """Return a function that counts the parameters left, of the masks of one network.
+
+    What counts is a parameter that its mask keeps, and that does not go with a unit that the masks
+    leave without effect, as `compaction(..., fold=False)` removes them. The network is traced once.
+
+    Args:
+        apply: the network.
+        params: its parameters, or their shapes and dtypes.
+        x: inputs to trace with, or their shapes and dtypes.
+        state: see `compact`.
+        counted: whether the leaf of a path counts; by default all do.
+
+    Returns:
+        `count(masks) -> int`, of concrete masks without a levels axis. It raises ValueError or
+        TypeError as `compaction` does.
+
+    Example:
+        >>> def apply(params, x):
+        ...     return jax.nn.relu(x @ params["hidden"]) @ params["logits"]
+        >>> params = {"hidden": jnp.ones((4, 3)), "logits": jnp.ones((3, 2))}
+        >>> masks = {"hidden": np.array([[True, True, False]] * 4), "logits": np.ones((3, 2), bool)}
+        >>> remaining(apply, params, jnp.ones((2, 4)))(masks)
+        12
+    """
+    program = trace_program(apply, params, x, state)
+    abstract = jax.tree.unflatten(jax.tree.structure(params), program.leaves)
+
+    def count(masks: Masks) -> int:
+        leaves = _concrete(masks, abstract)
+        keep, _ = _removable(program, leaves)
+        left = 0
+        for path, mask, axes in zip(program.paths, leaves, program.axes, strict=True):
+            for i, axis in enumerate(axes):
+                positions = ax.kept(axis, keep)
+                mask = mask if positions is None else np.compress(positions, mask, axis=i)
+            left += int(np.count_nonzero(mask)) if counted(path) else 0
+        return left
+
+    return count
+
+
 def _planned(
     apply: Apply, params: Params, masks: Masks, x: Any, fold: bool, state: State
 ) -> Compaction:
@@ -256,6 +302,15 @@ def _planned(
         message = f"every unit of {name!r} is without effect; one is kept, as zeros"
         warnings.warn(message, stacklevel=3)
     return plan
+
+
+def _concrete(masks: Masks, params: Params) -> list[np.ndarray]:
+    """Return the leaves of masks, checked, as arrays of NumPy."""
+    check_masks(masks, params)
+    for path, mask in trees.paths_and_leaves(masks):
+        if isinstance(mask, Tracer):
+            raise TypeError(f"mask {path!r} has no values: compact outside of jit")
+    return [np.asarray(mask, bool) for mask in jax.tree.leaves(masks)]
 
 
 def _removable(

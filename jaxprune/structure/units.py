@@ -1,9 +1,11 @@
-"""Masks of the units of groups: what is scored together is pruned together.
+"""The units of groups: what is scored together is pruned together.
 
 A graph and parameters come in; masks of all leaves, as `masks` has them, go out to `compaction`.
 """
 
+import math
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,11 +15,11 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxprune import trees
-from jaxprune.masks import unit_norms
-from jaxprune.select import keep_largest
-from jaxprune.sparsity import check_choice, exact, num_pruned
+from jaxprune.distribution import check_choice, counts
+from jaxprune.granularity import replicated, sharded_like, unit_norms
+from jaxprune.masks import keep_pieces, masks_at
 from jaxprune.structure.graph import Graph, Group, Member
-from jaxprune.types import Array, Masks, Params, Scores
+from jaxprune.types import Array, Granularity, Masks, Params, Pieces, Prunable, Scores
 
 
 def group_masks(
@@ -54,7 +56,8 @@ def group_masks(
 
     Raises:
         ValueError: a tree that the graph was not made of, a sparsity outside [0, 1], an unknown
-            scope, a `round_to` below 1, or a selected group that cannot be pruned.
+            scope, a `round_to` below 1, a selected group that cannot be pruned, or scores that are
+            NaN or infinite (where concrete).
 
     Example:
         >>> def apply(params, x):
@@ -70,38 +73,50 @@ def group_masks(
     check_tree(graph, params)
     scores = params if scores is None else scores  # of which the norm is that of `magnitude`
     trees.check_match("scores", scores, "params", params)
-    many = isinstance(sparsity, Sequence) or np.ndim(sparsity) > 0
-    targets = [exact(s) for s in (sparsity if many else [sparsity])]
     groups = _selected(graph, prunable)
     if not groups:
         message = "no group of the graph can be pruned: print it for the reasons"
         warnings.warn(message, stacklevel=2)
-    of_path = dict(trees.paths_and_leaves(scores))
-    worth = [_worth(group, of_path) for group in groups]
-    if scope == "global" and groups:
-        dtype = jnp.result_type(*worth)
-        together = jnp.concatenate([w.astype(dtype) for w in worth])
-        counts = jnp.array([num_pruned(together.size, s) for s in targets], jnp.int32)
-        ends = np.cumsum([group.size for group in groups])[:-1]
-        kept = [k.sum(1) for k in jnp.split(_keep_largest(together, counts), ends, axis=1)]
-    else:
-        kept = [
-            jnp.array([group.size - num_pruned(group.size, s) for s in targets]) for group in groups
-        ]
-    masks: dict[str, Any] = {
-        path: np.ones((len(targets), *jnp.shape(leaf)), bool)
-        for path, leaf in trees.paths_and_leaves(params)
-    }
-    maskable = {p for p, s in of_path.items() if jnp.issubdtype(jnp.asarray(s).dtype, jnp.inexact)}
-    for group, units, number in zip(groups, worth, kept, strict=True):
-        width = jnp.minimum(-(-number // round_to) * round_to, group.size)
-        keep = _keep_largest(units, (group.size - width).astype(jnp.int32))
-        for member in group.members:
-            if member.path in maskable and (member.role != "consumes" or group.masks_consumers):
-                mask = masks[member.path]
-                masks[member.path] = mask & _along(keep, member, mask.ndim)
-    leaves = [jnp.asarray(m if many else m[0]) for m in masks.values()]
-    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+    granularity = _granularity(graph, groups, None)
+    pruned = counts(params, sparsity, granularity=granularity,
+                    scope="global" if scope == "global" else "layer")  # fmt: skip
+    if scope == "global":
+        kept = keep_pieces(granularity.rank(scores), pruned, granularity)
+        pruned = jax.tree.map(lambda units: jnp.sum(~units, -1, dtype=jnp.int32), kept)
+    sizes = jax.tree.map(np.size, granularity.cost(params))
+    rounded = jax.tree.map(lambda n, size: _rounded(n, size, round_to), pruned, sizes)
+    masks = masks_at(scores, rounded, granularity=granularity)
+    if groups:
+        return masks
+    levels = jnp.shape(sparsity)  # of which no count tells
+    return jax.tree.map(lambda m: jnp.broadcast_to(m, (*levels, *m.shape)), masks)
+
+
+def group(graph: Graph, prunable: Prunable = None) -> Granularity:
+    r"""Return the granularity of units of the dependency graph, named `unit` as well.
+
+    The pieces are a dict of the groups by name, in the order of the graph, each with the scores of
+    its units: $\sqrt{\sum_i s_i^2}$ over the weights that enter a unit, of all leaves that produce
+    it. Of a chain of dense layers they are those of `granularity.unit`. With a unit go its biases
+    and normalisation parameters, and the weights that leave it where its value is not zero without.
+
+    Args:
+        graph: what `dependency_graph` returns.
+        prunable: which leaves may be pruned; see `trees.prunable_leaves`. A group takes part if all
+            leaves that produce its units may be, if its units can be removed, and if it lies within
+            no other, so that attention loses whole heads. By default every leaf may be.
+
+    Raises:
+        ValueError: when used: a tree that the graph was not made of.
+
+    Example:
+        >>> def apply(params, x):
+        ...     return jax.nn.relu(x @ params["hidden"]) @ params["logits"]
+        >>> params = {"hidden": jnp.array([[3.0, 1.0], [4.0, 0.0]]), "logits": jnp.ones((2, 2))}
+        >>> group(jp.dependency_graph(apply, params, jnp.ones((5, 2)))).rank(params)["hidden"]
+        Array([5., 1.], dtype=float32)
+    """
+    return _granularity(graph, _selected(graph, None), prunable)
 
 
 def check_tree(graph: Graph, params: Params) -> None:
@@ -125,25 +140,87 @@ def _selected(graph: Graph, prunable: Callable[[Group], bool] | None) -> list[Gr
     return groups
 
 
+def _granularity(graph: Graph, groups: Sequence[Group], prunable: Prunable) -> Granularity:
+    """Return the granularity of some groups' units; of `prunable` see `group`."""
+
+    def chosen(tree: Any) -> list[Group]:
+        check_tree(graph, tree)
+        if prunable is None:
+            return list(groups)
+        paths = [path for path, _ in trees.paths_and_leaves(tree)]
+        flags = dict(zip(paths, trees.prunable_leaves(tree, prunable), strict=True))
+        return [group for group in groups if all(flags[m.path] for m in _producers(group))]
+
+    def rank(scores: Scores) -> Pieces:
+        of_path = dict(trees.paths_and_leaves(scores))
+        return OrderedDict((group.name, _worth(group, of_path)) for group in chosen(scores))
+
+    def cost(params: Params) -> Pieces:
+        return OrderedDict((group.name, _cost(group, graph)) for group in chosen(params))
+
+    def spread(kept: Pieces, params: Params) -> Masks:
+        levels = np.shape(next(iter(kept.values())))[:-1] if kept else ()
+        leaves = dict(trees.paths_and_leaves(params))
+        masks: dict[str, Any] = {
+            path: np.ones((*levels, *np.shape(leaf)), bool) for path, leaf in leaves.items()
+        }
+        for group in chosen(params):
+            for member in _masked(group):
+                dtype = jnp.asarray(leaves[member.path]).dtype
+                if jnp.issubdtype(dtype, jnp.inexact):
+                    mask = masks[member.path]
+                    along = _along(kept[group.name], member, mask.ndim - len(levels))
+                    masks[member.path] = mask & along
+        spread = [sharded_like(leaves[path], jnp.asarray(mask)) for path, mask in masks.items()]
+        return jax.tree.unflatten(jax.tree.structure(params), spread)
+
+    return Granularity("unit", rank, cost, spread)
+
+
+def _producers(group: Group) -> list[Member]:
+    return [member for member in group.members if "produces" in member.role]
+
+
+def _masked(group: Group) -> list[Member]:
+    """Return the members that are masked where a unit is pruned."""
+    return [m for m in group.members if m.role != "consumes" or group.masks_consumers]
+
+
 def _worth(group: Group, scores: dict[str, Any]) -> Array:
     """Return the L2 norm of the scores of the weights that enter each unit."""
     parts = []
-    for m in group.members:
-        if "produces" in m.role:
-            at = np.argsort(m.index, kind="stable")[np.count_nonzero(m.index < 0) :]
-            norms = _norms(jnp.asarray(scores[m.path]), m.axis)
-            parts.append(norms[at.reshape(group.size, -1)])
+    for m in _producers(group):
+        at = np.argsort(m.index, kind="stable")[np.count_nonzero(m.index < 0) :]
+        norms = _norms(replicated(scores[m.path]), (m.axis,))
+        parts.append(norms[at.reshape(group.size, -1)])
     together = jnp.concatenate([part.astype(jnp.result_type(*parts)) for part in parts], axis=1)
-    return together[:, 0] if together.shape[1] == 1 else _norms(together, 0)
+    return together[:, 0] if together.shape[1] == 1 else _norms(together, (0,))
 
 
 # Compiled: one by one, on a first call, their operations would take seconds.
-_norms = jax.jit(lambda leaf, axis: unit_norms(jnp.abs(leaf), axis), static_argnums=1)
-_keep_largest = jax.jit(keep_largest)
+_norms = jax.jit(unit_norms, static_argnums=1)
+
+
+def _cost(group: Group, graph: Graph) -> np.ndarray:
+    """Return how many weights are masked with each unit; where two axes of a leaf meet, twice."""
+    weights = np.zeros(group.size, np.int64)
+    for m in _masked(group):
+        shape = graph.shapes[m.path]
+        positions = np.bincount(m.index[m.index >= 0], minlength=group.size)
+        weights += positions * (math.prod(shape) // shape[m.axis])
+    return weights
+
+
+def _rounded(pruned: Any, size: int, round_to: int) -> Array:
+    """Return how many units are pruned if those kept are a multiple of `round_to`, or all."""
+    kept = -((pruned - size) // round_to) * round_to
+    return size - jnp.minimum(jnp.asarray(kept, jnp.int32), size)
 
 
 def _along(keep: Array, member: Member, ndim: int) -> Any:
     """Return what is kept along an axis of a leaf, in masks of levels and that leaf's axes."""
     values: Any = keep if isinstance(keep, Tracer) else np.asarray(keep)
-    along = values[:, np.maximum(member.index, 0)] | (member.index < 0)[None]
-    return along.reshape(-1, *(along.shape[1] if i == member.axis else 1 for i in range(ndim - 1)))
+    along = values[..., np.maximum(member.index, 0)]
+    along = along | np.broadcast_to(member.index < 0, along.shape)
+    ones = [along.shape[-1] if i == member.axis else 1 for i in range(ndim)]
+    return along.reshape(*along.shape[:-1], *ones)

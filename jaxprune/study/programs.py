@@ -1,182 +1,154 @@
-"""The programs that a sweep compiles: training, scoring and two selections of masks.
+"""The programs that a study compiles: training, scoring, recalibrating and selecting masks.
 
-All levels run in one program, under masks; or each as the smaller network that is left of it.
+`setup` says what they are of; `stages` calls them. All levels run in one program, under masks, or
+each as the smaller network that is left of it (`parts`).
 """
 
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 
-from jaxprune import evaluate, structure, trees
-from jaxprune.data import Split
+from jaxprune import criteria, trees
+from jaxprune.config import Arm
+from jaxprune.evaluate import make_score
 from jaxprune.masks import apply_masks, masks_at
-from jaxprune.train import TrainState, make_train
-from jaxprune.types import (
-    Apply,
-    Array,
-    Counts,
-    Granularity,
-    Masks,
-    Metrics,
-    Params,
-    Prunable,
-    Scope,
-    Scores,
-)
+from jaxprune.study.setup import Setup
+from jaxprune.train import make_recalibrate, make_train
+from jaxprune.types import Array, Batch, Counts, Masks, Network, Params, State
 
 _EVALUATION_BATCH = 1000
 
 
-class Program:
-    """A function compiled ahead of time, so that compiling is told apart from running."""
+class Clock:
+    """Compiles functions ahead of time, so that compiling is told apart from running.
 
-    def __init__(self, f: Callable, compiled: Callable[[float], None]):
-        """Wrap `f`; `compiled` is told the seconds of each compilation."""
-        self._jitted, self._tell = jax.jit(f), compiled
-        self._compiled: dict[Any, Any] = {}
+    Attributes:
+        compiling: seconds spent so far.
+        count: programs compiled.
+    """
 
-    def __call__(self, *args: Any) -> tuple[Any, float]:
-        """Return the result, computed, and the seconds it took."""
-        leaves, treedef = jax.tree.flatten(args)
-        key = (treedef, *((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves))
-        if key not in self._compiled:
-            started = time.perf_counter()
-            self._compiled[key] = self._jitted.lower(*args).compile()
-            self._tell(time.perf_counter() - started)
-        started = time.perf_counter()
-        result = jax.block_until_ready(self._compiled[key](*args))
-        return result, time.perf_counter() - started
+    def __init__(self) -> None:
+        self.compiling, self.count = 0.0, 0
+
+    def jit(self, f: Callable) -> Callable:
+        """Return `f`, compiled once for each structure, shape and dtype of its arguments."""
+        jitted, programs = jax.jit(f), {}
+
+        def call(*args: Any) -> Any:
+            leaves, structure = jax.tree.flatten(args)
+            key = (structure, *((jnp.shape(leaf), leaf.dtype) for leaf in leaves))
+            if key not in programs:
+                started = time.perf_counter()
+                programs[key] = jitted.lower(*args).compile()
+                self.compiling += time.perf_counter() - started
+                self.count += 1
+            return programs[key](*args)
+
+        return call
+
+    def time(self, f: Callable, *args: Any) -> tuple[Any, float]:
+        """Return the result, computed, and the seconds that it took without compiling."""
+        started, before = time.perf_counter(), self.compiling
+        result = jax.block_until_ready(f(*args))
+        return result, time.perf_counter() - started - (self.compiling - before)
+
+
+class Pair(NamedTuple):
+    """How a network, whole or smaller, is trained and scored."""
+
+    train: Callable
+    score: Callable
 
 
 class Programs:
-    """Each is compiled once for one network (level 0) and once for all pruned levels.
+    """Each program is compiled once for one network and once for all levels that it runs.
 
     Attributes:
-        train: `train.make_train`'s.
-        score: `evaluate.score(params, masks, val, test, reference)`.
-        select: by method, masks of all levels of one network, `(params, counts)`.
-        select_within: by method, each level's next masks, `(params, masks, counts)`.
+        clock: has counted what was compiled.
+        whole: training and scoring of the network under masks.
+        recalibrate: see `train.make_recalibrate`.
     """
 
-    def __init__(
-        self,
-        apply: Apply,
-        optimizer: optax.GradientTransformation,
-        scores: Callable[[Params], Scores],
-        methods: Sequence[Granularity],
-        scope: Scope,
-        prunable: Prunable | None,
-        compiled: Callable[[float], None],
-    ):
-        self._apply, self._optimizer, self._compiled = apply, optimizer, compiled
-        self._smaller: dict[Any, tuple[Program, Program]] = {}
+    def __init__(self, setup: Setup):
+        self.clock, self._setup = Clock(), setup
+        self._smaller: dict[Any, Pair] = {}
+        self._selections: dict[Any, Callable] = {}
+        self.whole = self._pair(setup.network)
+        recalibrate = make_recalibrate(setup.network, stepped=setup.stepped, jit=self.clock.jit)
+        self.recalibrate = recalibrate if setup.stepped else self.clock.jit(recalibrate)
 
-        def select(method: Granularity, params: Params, counts: Counts) -> Masks:
-            return masks_at(
-                scores(params), counts, granularity=method, scope=scope, prunable=prunable
-            )
+    def _pair(self, network: Network) -> Pair:
+        setup, jit = self._setup, self.clock.jit
+        options = {"levels_at_once": setup.study.levels_at_once, "stepped": setup.stepped}
+        train = make_train(network, setup.optimizer, task=setup.task, **options, jit=jit)
+        score = make_score(network, setup.task, batch_size=_EVALUATION_BATCH, **options, jit=jit)
+        return Pair(train, score) if setup.stepped else Pair(jit(train), jit(score))
 
-        def select_within(method: Granularity, params: Params, masks: Masks, counts: Counts):
-            def one_level(level: tuple[Params, Masks, Counts]) -> Masks:
-                params, masks, counts = level
-                return masks_at(
-                    scores(apply_masks(params, masks)), counts,
-                    granularity=method, scope=scope, prunable=prunable, within=masks,
-                )  # fmt: skip
+    def smaller(self, signature: Any, network: Callable[[], Network]) -> Pair:
+        """Return training and scoring of a smaller network, compiled once a signature."""
+        if signature not in self._smaller:
+            self._smaller[signature] = self._pair(network())
+        return self._smaller[signature]
 
-            return trees.map_levels(one_level, (params, masks, counts))
-
-        self.train, self.score = self._pair(apply)
-        self.select = {m: Program(partial(select, m), compiled) for m in methods}
-        self.select_within = {m: Program(partial(select_within, m), compiled) for m in methods}
-
-    def _pair(self, apply: Apply) -> tuple[Program, Program]:
-        score = partial(
-            evaluate.score, apply=apply, batch_size=_EVALUATION_BATCH, levels_at_once=None
-        )
-        train = make_train(apply, self._optimizer)
-        return Program(train, self._compiled), Program(score, self._compiled)
-
-    def smaller(self, params: Params, masks: Masks, x: Any, *, fold: bool) -> "Smaller":
-        """Return the levels as the smaller networks that their masks leave.
+    def select(
+        self, arm: Arm, params: Params, state: State, batch: Batch, counts: Counts
+    ) -> tuple[Masks, Any]:
+        """Return the masks of all levels of one network, and which leaves' scores are not finite.
 
         Args:
-            params: with a levels axis.
-            masks: likewise.
-            x: two inputs or more.
-            fold: whether constant units may move into biases: the same function, which trains
-                otherwise.
+            arm: says criterion and granularity.
+            params: of one network.
+            state: likewise.
+            batch: what the criterion looks at.
+            counts: with a levels axis.
         """
-        host = jax.tree.map(np.asarray, (params, masks))
-        each = [
-            jax.tree.map(lambda a, i=i: a[i], host) for i in range(len(jax.tree.leaves(masks)[0]))
-        ]
-        # Without a warning of units without effect: a sweep warns of it itself, once.
-        networks = [structure.Compaction(self._apply, p, m, x, fold=fold) for p, m in each]
-        return Smaller(networks, self)
+        kind = "select", arm.criterion, arm.granularity
+        if kind not in self._selections:
+            setup = self._setup
 
-    def of_widths(self, network: structure.Compaction) -> tuple[Program, Program]:
-        """Return training and scoring of a smaller network, compiled once a distinct width."""
-        if network.signature not in self._smaller:
-            self._smaller[network.signature] = self._pair(network.apply)
-        return self._smaller[network.signature]
+            def select(params: Params, state: State, batch: Batch, counts: Counts) -> Any:
+                scores = setup.scores(arm, params, state, batch)
+                masks = masks_at(scores, counts, granularity=setup.granularities[arm.granularity])
+                return masks, criteria.non_finite(scores, setup.flags)
 
+            self._selections[kind] = self.clock.jit(select)
+        return self._selections[kind](params, state, batch, counts)
 
-class Smaller:
-    """All levels, each a smaller network, with programs that are called as those of all levels.
+    def select_within(
+        self, arm: Arm, params: Params, state: State, masks: Masks, batch: Batch, counts: Counts
+    ) -> tuple[Masks, Any]:
+        """Return each level's next masks, nested in its last; arguments have a levels axis."""
+        kind = "within", arm.criterion, arm.granularity
+        if kind not in self._selections:
+            self._selections[kind] = self._within(arm)
+        return self._selections[kind](params, state, masks, batch, counts)
 
-    Their trees are lists of levels, each with a levels axis of one.
-    """
+    def _within(self, arm: Arm) -> Callable:
+        setup = self._setup
+        granularity = setup.granularities[arm.granularity]
 
-    def __init__(self, networks: Sequence[structure.Compaction], programs: Programs):
-        self._networks = networks
-        self._pairs = [programs.of_widths(network) for network in networks]
-        self.params = [_stacked(network.params) for network in networks]
-        self.masks = [_stacked(network.masks) for network in networks]
+        def one(level: Any, batch: Batch) -> tuple[Masks, Array]:
+            params, state, masks, counts = level
+            scores = setup.scores(arm, apply_masks(params, masks), state, batch)
+            new = masks_at(scores, counts, granularity=granularity, within=masks)
+            return new, criteria.non_finite(scores, setup.flags)
 
-    def shrink(self, state: TrainState) -> list[TrainState]:
-        """Take the levels apart, and the removed units out."""
-        host = jax.tree.map(np.asarray, state)
-        return [
-            _stacked(network.shrink(jax.tree.map(lambda a, i=i: a[i], host)))
-            for i, network in enumerate(self._networks)
-        ]
+        if setup.stepped:
+            program = self.clock.jit(one)
 
-    def expand(self, states: Sequence[TrainState]) -> TrainState:
-        """Put the removed units back, as zeros, and the levels together."""
-        full = [
-            network.expand(jax.tree.map(lambda a: a[0], state))
-            for network, state in zip(self._networks, states, strict=True)
-        ]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *full)
+            def on_host(params: Any, state: Any, masks: Any, batch: Batch, counts: Any) -> Any:
+                levels = trees.unstack((params, state, masks, counts))
+                return trees.stack([program(level, batch) for level in levels])
 
-    def train(
-        self, states: Sequence[TrainState], masks: Sequence[Masks], *args: Any
-    ) -> tuple[tuple[list[TrainState], np.ndarray], float]:
-        """Train as `Programs.train`; `args` are what its levels share."""
-        found, seconds = [], 0.0
-        for (train, _), *level in zip(self._pairs, states, masks, strict=True):
-            result, elapsed = train(*level, *args)
-            found.append(result)
-            seconds += elapsed
-        return ([state for state, _ in found], np.concatenate([loss for _, loss in found])), seconds
+            return on_host
 
-    def score(self, val: Split, test: Split, reference: Any) -> tuple[tuple[Metrics, Array], float]:
-        """Score as `Programs.score`."""
-        found, seconds = [], 0.0
-        for (_, score), *level in zip(self._pairs, self.params, self.masks, strict=True):
-            result, elapsed = score(*level, val, test, reference)
-            reference = result[1][0] if reference is None else reference
-            found.append(result)
-            seconds += elapsed
-        return jax.tree.map(lambda *values: jnp.concatenate(values), *found), seconds
+        def select(params: Any, state: Any, masks: Any, batch: Batch, counts: Any) -> Any:
+            levels = params, state, masks, counts
+            return trees.map_levels(
+                lambda level: one(level, batch), levels, setup.study.levels_at_once
+            )
 
-
-def _stacked(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], tree)
+        return self.clock.jit(select)

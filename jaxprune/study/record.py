@@ -1,6 +1,6 @@
-"""What a sweep leaves behind, and finds again: the run directory while it is written.
+"""What a study leaves behind, and finds again: the run directory while it is written.
 
-Rows and states come in from `sweep`; after a kill it asks here where each group goes on.
+Rows and states come in from `stages`; after a kill it asks here where each stage goes on.
 """
 
 import contextlib
@@ -9,50 +9,50 @@ import os
 import platform
 import shutil
 import sys
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import jax
 
 from jaxprune import __version__, checkpoints, results
+from jaxprune.config import Arm, sparsity_of_level
 from jaxprune.results import Row
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+Expected = Callable[[int], Iterable[tuple[Arm, int, Sequence[float]]]]
+"""The rows that a stage writes after an epoch: arm, seed and levels."""
 
 
 class Record:
-    """Rows and checkpoints of a run, in memory and, with a folder, on disk."""
+    """Rows and checkpoints of a run, in memory and, with a folder, on disk.
 
-    def __init__(
-        self,
-        folder: Path | None,
-        settings: dict[str, Any],
-        seeds: int,
-        groups_of: Callable[[int], Sequence[str]],
-        group_of: Callable[[Row], str],
-        note: Callable[[str], None],
-    ):
+    Attributes:
+        folder: the run directory, or None.
+        config: what `config.json` holds.
+        rows: by arm and seed.
+        note: told what is out of the ordinary.
+    """
+
+    def __init__(self, folder: Path | None, config: dict[str, Any], note: Callable[[str], None]):
         """Open the folder, or make it.
 
         Args:
             folder: the run directory; None keeps everything in memory.
-            settings: what must be the same when a run goes on.
-            seeds: how many; a run may be given more.
-            groups_of: names the groups of a seed, in the order they run in.
-            group_of: names the group that writes a row.
+            config: what `config.json` shall hold, but for what this adds: see `load_run`.
             note: told what is out of the ordinary.
 
         Raises:
-            ValueError: it holds a run with other settings, is none of ours, or is being written.
+            ValueError: it holds a run made otherwise, is none of ours, or is being written.
             OSError: it cannot be written.
         """
-        self.folder, self.groups_of, self.group_of, self.note = folder, groups_of, group_of, note
-        self.rows: list[Row] = []
+        self.folder, self.note, self._told = folder, note, set()
+        self.rows: dict[tuple[Arm, int], list[Row]] = {}
+        self._digests: dict[tuple[Arm, int], str] = {}
         self.now = _surroundings()
-        self.config: dict[str, Any] = {
-            "settings": settings, "seeds": seeds, "command": sys.argv, **self.now, "seconds": {},
+        self.config = {
+            "format": results.FORMAT, **config, "command": sys.argv, **self.now, "seconds": {},
+            "compilations": 0,
         }  # fmt: skip
         if folder is None:
             return
@@ -61,7 +61,7 @@ class Record:
         foreign = any(path.name != "lock" and not path.match(".*.tmp") for path in inside)
         if foreign and not (folder / "config.json").exists():
             raise ValueError(f"{folder} is not empty and holds no run: give another --run-dir")
-        folder.mkdir(parents=True, exist_ok=True)
+        checkpoints.check_writable(folder)
         self._lock = _lock(folder / "lock")
         try:
             self._read(folder)
@@ -69,10 +69,11 @@ class Record:
             self.close()
             raise
 
-    @property
-    def groups(self) -> list[str]:
-        """The names of all groups, in the order they run in."""
-        return [name for seed in range(self.config["seeds"]) for name in self.groups_of(seed)]
+    def note_once(self, line: str) -> None:
+        """Note a line unless it was noted before."""
+        if line not in self._told:
+            self._told.add(line)
+            self.note(line)
 
     def _read(self, folder: Path) -> None:
         """Read what is there, and mend what a kill left half done."""
@@ -80,23 +81,47 @@ class Record:
             self._adopt(results.read_config(folder / "config.json"))
         self.save_config()
         for path in folder.glob(".*.tmp"):
-            path.unlink()
+            if path.is_file():
+                path.unlink()
         for path in (folder / "checkpoints").glob("*/*.tmp"):
             shutil.rmtree(path, ignore_errors=True)
-        log = folder / "results.jsonl"
-        if log.exists():
-            self.rows = results.read_rows(log)
-            results.rewrite_rows(log, self.rows)  # without a torn last line
+        (folder / "rows").mkdir(exist_ok=True)
+        for arm in self.arms:
+            for seed in range(self.config["seeds"]):
+                self._read_rows(arm, seed)
+
+    @property
+    def arms(self) -> dict[Arm, dict[str, Any]]:
+        """What is recorded of every arm."""
+        return {Arm(*(arm[field] for field in Arm._fields)): arm for arm in self.config["arms"]}
+
+    @property
+    def levels(self) -> tuple[tuple[float, ...], ...]:
+        """The batches of levels, in percent."""
+        return tuple(map(tuple, self.config["levels"]))
 
     def _adopt(self, old: dict[str, Any]) -> None:
-        """Take over what an earlier call left, if its settings are the same."""
+        """Take over what an earlier call left, if it was made alike; add what is new."""
         differences = results.compare_settings(old["settings"], self.config["settings"])
+        known = {tuple(arm[field] for field in Arm._fields): arm for arm in old["arms"]}
+        same_jax = old["versions"].get("jax") == self.now["versions"].get("jax")
+        new_arms = []
+        for arm, entry in self.arms.items():
+            if (before := known.get(arm)) is None:
+                new_arms.append(entry)
+                continue
+            changed = results.compare_settings(before["settings"], entry["settings"])
+            differences += [f"{arm.criterion}, {line}" for line in changed]
+            if not changed and before["identity"] != entry["identity"]:
+                self._other_code(f"the code of criterion {arm.criterion}", same_jax, differences)
+        if not differences and old.get("identity") != self.config["identity"]:
+            what = "the code or the constants of network, loss or optimizer"
+            self._other_code(what, same_jax, differences)
         if differences:
             raise ValueError(
-                f"{self.folder} holds a run with other settings; give them again, or another "
-                f"--run-dir. {'; '.join(differences)}"
+                f"{self.folder} holds a run made otherwise; give the same again, or another "
+                f"--run-dir. {'; '.join(dict.fromkeys(differences))}"
             )
-        self.config = {**old, "seeds": max(old["seeds"], self.config["seeds"])}
         if changed := [
             f"{name} {old[kind].get(name)} then, {value} now"
             for kind in self.now
@@ -104,107 +129,152 @@ class Record:
             if old[kind].get(name) != value
         ]:
             self.note(f"going on with other surroundings: {'; '.join(changed)}")
+        had = {level for batch in old["levels"] for level in batch}
+        added = [level for batch in self.levels for level in batch if level not in had]
+        self.config = {
+            **old,
+            "seeds": max(old["seeds"], self.config["seeds"]),
+            "arms": [*old["arms"], *new_arms],
+            "levels": [*old["levels"], *([added] if added else [])],
+        }
+
+    def _other_code(self, what: str, same_jax: bool, differences: list[str]) -> None:
+        if same_jax:
+            differences.append(f"{what}: other than recorded")
+        else:  # another version may trace the same code to another program
+            self.note_once(f"{what} cannot be compared: it was recorded with another jax")
+
+    def _read_rows(self, arm: Arm, seed: int) -> None:
+        """Read the rows of an arm and seed; what comes after a broken line is given up."""
+        path = self._rows_path(arm, seed)
+        if path is None or not path.exists():
+            return
+        log = results.read_log(path, results.first_digest(self.arms[arm]["identity"], seed))
+        if log.problem:
+            results.cut_log(path, log)
+            self.note(f"{path}: {log.problem}; what follows is computed again")
+        self._digests[arm, seed] = log.digest
+        own = [row for row in log.rows if (row.arm, row.seed) == (arm, seed) and row.epoch > 0]
+        self.rows[arm, seed] = own
+        if len(own) < len(log.rows):
+            self.note(f"{path}: {len(log.rows) - len(own)} rows are not of this run, and ignored")
+
+    def _rows_path(self, arm: Arm, seed: int) -> Path | None:
+        return self.folder and self.folder / "rows" / f"{arm.slug}-seed{seed}.jsonl"
 
     def save_config(self) -> None:
         """Write `config.json`."""
         if self.folder is not None:
-            results.write_json_atomic(self.folder / "config.json", self.config)
+            results.write_json(self.folder / "config.json", self.config)
 
     def add_seconds(self, name: str, seconds: float) -> None:
         """Add wall time to one of the sums in `config.json`, such as the compilation's."""
         sums = self.config["seconds"]
         sums[name] = sums.get(name, 0.0) + seconds
 
-    def add_compilation(self, seconds: float) -> None:
-        """Count a compiled program in `config.json`, and its wall time."""
-        self.add_seconds("compilation", seconds)
-        self.config["compilations"] = self.config.get("compilations", 0) + 1
-
-    def resume(
-        self, group: str, final: set[str], state: set[str], expected: Callable[[int], int]
-    ) -> int:
-        """Return the epoch after which a group goes on, and forget all that is newer.
+    def resume(self, stage: str, final: set[str], state: set[str], expected: Expected) -> int:
+        """Return the epoch after which a stage goes on.
 
         Args:
-            group: its name.
-            final: items of a finished group's last checkpoint.
+            stage: its name.
+            final: items of a finished stage's last checkpoint.
             state: items from which it can go on.
-            expected: how many rows it writes after an epoch.
+            expected: the rows that it writes after an epoch.
         """
         epochs = self.config["settings"]["epochs"]
-        epoch, corrupt = self._newest(group, final)
-        if epoch < epochs:
-            epoch, more = self._newest(group, state)
-            corrupt += more
-        for error in corrupt:
-            self.note(f"{error}; using {f'epoch {epoch}' if epoch else 'none'} instead")
-        written = Counter(row.epoch for row in self.rows if self.group_of(row) == group)
-        if any(written[e] != expected(e) for e in range(1, epoch + 1)):
-            self.note(f"results.jsonl lacks rows of {group}: starting it again")
-            epoch = 0
-        self.forget(group, epoch)
-        return epoch
+        complete = 0
+        while complete < epochs and all(
+            (complete + 1, float(sparsity_of_level(level))) in self._known(arm, seed)
+            for arm, seed, levels in expected(complete + 1)
+            for level in levels
+        ):
+            complete += 1
+        for path in reversed(self._checkpoints(stage)):
+            epoch = int(path.name)
+            if self.holds(stage, epoch, final if epoch == epochs else state):
+                if epoch <= complete:
+                    return epoch
+                self.note(f"rows of {stage} are missing from epoch {complete + 1} on")
+        return 0
 
-    def forget(self, group: str, epoch: int) -> None:
-        """Drop a group's rows and checkpoints that are newer than an epoch."""
-        kept = [row for row in self.rows if self.group_of(row) != group or row.epoch <= epoch]
-        if len(kept) < len(self.rows) and self.folder is not None:
-            results.rewrite_rows(self.folder / "results.jsonl", kept)
-        self.rows = kept
-        for path in self._checkpoints(group):
-            if int(path.name) > epoch:
-                checkpoints.remove(path)
+    def _known(self, arm: Arm, seed: int) -> set[tuple[int, float]]:
+        """Return epoch and target sparsity of the rows that are there."""
+        return {(row.epoch, row.target_sparsity) for row in self.rows.get((arm, seed), ())}
 
     def append(self, rows: Sequence[Row]) -> None:
-        """Keep rows; on disk when this returns."""
-        self.rows += rows
-        if self.folder is not None:
-            results.append_rows(self.folder / "results.jsonl", rows)
+        """Keep the rows that are new; on disk when this returns."""
+        by_file: dict[tuple[Arm, int], list[Row]] = {}
+        for row in rows:
+            by_file.setdefault((row.arm, row.seed), []).append(row)
+        for (arm, seed), found in by_file.items():
+            known = self._known(arm, seed)
+            new = [row for row in found if (row.epoch, row.target_sparsity) not in known]
+            if path := self._rows_path(arm, seed):
+                first = results.first_digest(self.arms[arm]["identity"], seed)
+                before = self._digests.get((arm, seed), first)
+                self._digests[arm, seed] = results.append_rows(path, new, before)
+            self.rows.setdefault((arm, seed), []).extend(new)
 
-    def save(self, group: str, epoch: int, branch: str | None, **items: Any) -> None:
-        """Save a group's state, and thin out the checkpoints before it.
+    def save(self, stage: str, epoch: int, needed: str | None, **items: Any) -> None:
+        """Save a stage's state, and thin out the checkpoints before it.
 
         Args:
-            group: its name.
+            stage: its name.
             epoch: the epoch it has finished.
-            branch: a checkpoint that is still needed whole, as `group/0001`.
+            needed: a checkpoint that is still needed whole, as `stage/0001`.
             items: trees of arrays.
         """
         if self.folder is None:
             return
-        checkpoints.save(self._path(group, epoch), **items)
+        path = self._path(stage, epoch)
+        if path.exists():  # of the run before arms or levels were added
+            checkpoints.remove(path)
+        checkpoints.save(path, **items)
         first = {kind: self.config[kind] for kind in self.now}
         others = self.config.setdefault("later_surroundings", [])
         if self.now != first and self.now not in others:
             others.append(self.now)
         self.save_config()
-        self.thin(group, branch)
+        self.thin(stage, needed)
 
-    def thin(self, group: str, branch: str | None = None) -> None:
-        """Remove what is no longer needed of the checkpoints up to a group's.
+    def thin(self, stage: str, needed: str | None = None) -> None:
+        """Remove what is no longer needed of the checkpoints up to a stage's.
 
-        The newest two stay whole, and so does the branch. Of the others, a group's last keeps all
-        but the optimizer's state, and the rest go. Later groups are left alone: they may have been
-        under way when this one had to be done again.
+        The newest two stay whole, and so does what is needed. Of the others, a stage's last keeps
+        all but the optimizer's state, and the rest go. Later stages are left alone: they may have
+        been under way when this one had to be done again.
         """
+        stages = self._stages()
         whole = [
             path
-            for name in self.groups[: self.groups.index(group) + 1]
-            for path in sorted(self._checkpoints(name))
+            for name in stages[: stages.index(stage) + 1]
+            for path in self._checkpoints(name)
             if (path / "opt_state").exists()
         ]
         for path in whole[:-2]:
-            if f"{path.parent.name}/{path.name}" == branch:
+            if f"{path.parent.name}/{path.name}" == needed:
                 continue
             if int(path.name) == self.config["settings"]["epochs"]:
                 checkpoints.drop(path, "opt_state")
             else:
                 checkpoints.remove(path)
 
+    def _stages(self) -> list[str]:
+        """Return the names of all stages, in the order in which they run."""
+        trained = [arm.slug for arm in self.arms if arm.protocol == "trained"]
+        batches = ["", *(f"-levels{i}" for i in range(1, len(self.levels)))]
+        return [
+            name
+            for seed in range(self.config["seeds"])
+            for name in (
+                f"dense-seed{seed}",
+                *(f"{arm}-seed{seed}{batch}" for arm in trained for batch in batches),
+            )
+        ]
+
     def finish(self) -> list[Row]:
         """Return all rows in the order of an undisturbed run, and write them as `results.csv`."""
-        place = {name: i for i, name in enumerate(self.groups)}
-        rows = sorted(self.rows, key=lambda row: (place[self.group_of(row)], row.epoch))
+        rows = results.in_order([row for rows in self.rows.values() for row in rows], self.config)
         if self.folder is not None:
             results.write_csv(self.folder / "results.csv", rows)
             self.save_config()
@@ -215,41 +285,38 @@ class Record:
         if self.folder is not None:
             self._lock.close()
 
-    def load(self, group: str, epoch: int, item: str, target: Any = None) -> Any:
+    def load(self, stage: str, epoch: int, item: str, target: Any = None) -> Any:
         """Return an item of a checkpoint; see `checkpoints.load`."""
-        return checkpoints.load(self._path(group, epoch), item, target)
+        return checkpoints.load(self._path(stage, epoch), item, target)
 
-    def holds(self, group: str, epoch: int, items: set[str]) -> bool:
-        """Tell whether a checkpoint has these items, unbroken."""
-        if self.folder is None or not self._path(group, epoch).exists():
+    def of_other_arms(self, stage: str, epoch: int, item: str) -> dict[str, Any]:
+        """Return an item by arm that an earlier call with other arms has left."""
+        if self.folder is None or not self.holds(stage, epoch, {item}):
+            return {}
+        return self.load(stage, epoch, item)
+
+    def holds(self, stage: str, epoch: int, items: set[str]) -> bool:
+        """Tell whether a checkpoint has these items, unbroken; a broken one is removed."""
+        if self.folder is None or not (path := self._path(stage, epoch)).exists():
             return False
         try:
-            return items <= set(checkpoints.verify(self._path(group, epoch)))
+            return items <= set(checkpoints.verify(path))
         except checkpoints.CorruptCheckpoint as error:
-            self.note(str(error))
+            self.note(f"{error}; it is removed")
+            checkpoints.remove(path)
             return False
 
-    def _newest(
-        self, group: str, items: set[str]
-    ) -> tuple[int, list[checkpoints.CorruptCheckpoint]]:
-        """Return the epoch of the newest good checkpoint, and the newer ones, which are removed."""
-        if self.folder is None:
-            return 0, []
-        path, corrupt = checkpoints.newest(self._path(group, 0).parent, *items)
-        for error in corrupt:
-            checkpoints.remove(error.path)
-        return int(path.name) if path else 0, list(corrupt)
-
-    def _path(self, group: str, epoch: int) -> Path:
+    def _path(self, stage: str, epoch: int) -> Path:
         if self.folder is None:
             raise ValueError("a record in memory has no checkpoints")
-        return self.folder / "checkpoints" / group / f"{epoch:04d}"
+        return self.folder / "checkpoints" / stage / f"{epoch:04d}"
 
-    def _checkpoints(self, group: str) -> list[Path]:
+    def _checkpoints(self, stage: str) -> list[Path]:
+        """Return a stage's checkpoints, oldest first."""
         if self.folder is None:
             return []
-        found = (self.folder / "checkpoints" / group).glob("*")
-        return [path for path in found if path.name.isdecimal()]
+        found = (self.folder / "checkpoints" / stage).glob("*")
+        return sorted((path for path in found if path.name.isdecimal()), key=lambda p: int(p.name))
 
 
 def _lock(path: Path) -> IO[str]:
@@ -269,10 +336,12 @@ def _lock(path: Path) -> IO[str]:
 def _surroundings() -> dict[str, Any]:
     """Return what a run is made with but is not compared: versions and the device."""
     device = jax.devices()[0]
-    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    versions = {"python": platform.python_version(), "jaxprune": __version__}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     return {
-        "versions": {"python": platform.python_version(), "jaxprune": __version__,
-                     **versions},
+        "versions": versions,
         "device": {"platform": device.platform, "kind": device.device_kind,
                    "processor": platform.processor() or platform.machine(),
                    "cores": os.cpu_count()},

@@ -1,138 +1,155 @@
-"""A whole sweep: train a network, prune it at every level, one-shot and trained, and score it all.
+"""A whole study: train a network, prune it at every level, one-shot and trained, and score it all.
 
-Settings come in and are checked; `record` finds what is done, and `groups` does the rest.
+Everything is checked first; `record` finds what is done, and `stages` does the rest.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from jaxprune import config, trees
+from jaxprune import results, trees
+from jaxprune.config import Arm, Study, phases
 from jaxprune.data import Data, digest
+from jaxprune.identity import Identity, combine, fingerprint
 from jaxprune.results import Row
-from jaxprune.scores import magnitude
-from jaxprune.study.curve import Remaining, name_of
-from jaxprune.study.groups import (
-    UPDATES_PER_EPOCH,
-    Progress,
-    Sweep,
-    dense_group,
-    trained_group,
-)
+from jaxprune.study.programs import Programs
+from jaxprune.study.progress import Meter, Report, lines
 from jaxprune.study.record import Record
-from jaxprune.types import Apply, Array, Granularity, Params, Prunable, Scope, Scores
+from jaxprune.study.setup import Setup, make_setup
+from jaxprune.study.stages import UPDATES_PER_EPOCH, Running, run
+from jaxprune.train import init_state, make_step
+from jaxprune.types import Network, Task
 
 
 def run_sweep(
-    init: Callable[[Array], Params],
-    apply: Apply,
+    network: Network,
     data: Data,
+    study: Study = Study(),
     *,
-    seeds: int = 1,
-    levels: Sequence[int | float] = config.LEVELS,
-    epochs: int = 2,
-    methods: Sequence[Granularity] = config.METHODS,
-    protocols: Sequence[str] = config.PROTOCOLS,
-    batch_size: int = 128,
+    task: Task | None = None,
     optimizer: optax.GradientTransformation | None = None,
-    scores: Callable[[Params], Scores] = magnitude,
-    scope: Scope = "layer",
-    prunable: Prunable | None = None,
-    remaining: Remaining | None = None,
     run_dir: Path | str | None = None,
     settings: dict[str, Any] | None = None,
-    report: Callable[[Progress], None] | None = None,
-    note: Callable[[str], None] | None = None,
+    report: Report | None = None,
 ) -> list[Row]:
-    """Train a network, prune it at every level, one-shot and trained, and score it all.
+    """Train a network, prune it at every level by every arm, and score it all.
 
-    All levels and methods of a seed share its initial weights and batch order. In the protocol
+    All arms of a seed share its initial weights, batch order and dense run. In the protocol
     `trained` the levels branch off the dense run after the dense epochs of `config.phases`, with
-    its optimizer state; the sparsity then follows `schedules.cubic` over 10 updates a pruning
-    epoch, each of which selects anew among what is still kept.
+    its state and its optimizer's; the sparsity then follows `schedules.cubic` over 10 updates a
+    pruning epoch, each of which selects anew among what is still kept. A trained level whose loss
+    is not finite is noted and marked, its metrics None, and the others go on.
 
     Args:
-        init: `init(key) -> params`.
-        apply: `apply(params, x) -> logits`.
+        network: what is trained and pruned; see `networks`.
         data: training, validation and test examples.
-        seeds: how many; seed n trains from `jax.random.key(n)`.
-        levels: sparsities in percent.
-        epochs: of the dense run, and of the `trained` protocol in all.
-        methods: `weight`, `unit` or both.
-        protocols: `one_shot`, `trained` or both.
-        batch_size: examples in a training batch.
+        study: seeds, arms, levels and epochs.
+        task: by default what the targets suggest; see `tasks.default_task`.
         optimizer: any optax transformation; by default Adam with step size 1e-3.
-        scores: the criterion.
-        scope: `layer` or `global`.
-        prunable: which leaves take part; see `trees.prunable_leaves`.
-        remaining: counts the weights left once pruned units are removed, such as
-            `models.mlp_remaining`; without it rows say None.
-        run_dir: where rows, settings and checkpoints are kept, and found again: the same call
-            goes on with what is there. None keeps nothing.
-        settings: further settings to record and to compare, such as the optimizer's.
-        report: told of the progress after every training call.
-        note: told, in a line, of what is out of the ordinary, such as a corrupt checkpoint.
+        run_dir: where rows, settings and checkpoints are kept, and found again: the same call goes
+            on with what is there, and one with more arms, levels or seeds adds to it. None keeps
+            nothing.
+        settings: further settings to record and to compare, such as the data set's name.
+        report: told of the progress after every training call, and in lines of what is out of the
+            ordinary; by default they are written to standard error.
 
     Returns:
-        All rows, in the order computed.
+        All rows, by seed, arm, epoch and level.
 
     Raises:
-        ValueError: a setting out of range, or a run directory made with other settings.
-        config.TrainingDiverged: a loss is not finite; the rows before it are kept.
+        ValueError: a setting that does not fit, or a run directory made otherwise.
+        TypeError: likewise.
+        config.NotFinite: the dense network's loss, or scores, are not finite; rows before it are
+            kept.
         OSError: the run directory cannot be written.
 
     Example:
-        >>> from jaxprune import data, models
-        >>> init, apply = models.mlp(784, (100, 50), 10)
-        >>> fashion = data.load("fashion_mnist")
-        >>> rows = run_sweep(init, apply, fashion, levels=(0, 90), epochs=1, methods=("weight",))
+        >>> from jaxprune import data, networks
+        >>> net = jp.network(*networks.mlp(784, (100, 50), 10))
+        >>> study = jp.Study(levels=(0, 90), epochs=1, granularities=("weight",))
+        >>> rows = run_sweep(net, data.load("fashion_mnist"), study, report=lambda _: None)
         >>> [(row.protocol, row.target_sparsity) for row in rows]
-        [('one_shot', 0.0), ('trained', 0.0), ('one_shot', 0.9), ('trained', 0.9)]
+        [('one_shot', 0.0), ('one_shot', 0.9), ('trained', 0.0), ('trained', 0.9)]
     """
-    levels = tuple(map(float, levels))
-    config.check_levels(levels)
-    config.check_choices("methods", tuple(methods), config.METHODS)
-    config.check_choices("protocols", tuple(protocols), config.PROTOCOLS)
-    config.check_at_least_one(seeds=seeds, epochs=epochs)
-    if not 1 <= batch_size <= len(data.train.y):
+    report = report or lines()
+    if not 1 <= study.batch_size <= len(data.train.x):
         raise ValueError(
-            f"batch_size must be in [1, {len(data.train.y)}], the size of the training set, "
-            f"got {batch_size}"
+            f"batch_size must be in [1, {len(data.train.x)}], the size of the training set, "
+            f"got {study.batch_size}"
         )
-    phases = config.phases(epochs)
-    initial = jax.eval_shape(init, jax.random.key(0))
-    flags = trees.prunable_leaves(initial, prunable)
-    shapes = {path: list(leaf.shape) for path, leaf in trees.paths_and_leaves(initial)}
-
-    def group_of(row: Row) -> str:
-        shared = row.protocol == "one_shot" or not row.target_sparsity or row.epoch <= phases[0]
-        return dense_group(row.seed) if shared else trained_group(row.method, row.seed)
-
-    record = Record(
-        None if run_dir is None else Path(run_dir),
-        {
-            "levels": list(levels), "epochs": epochs, "phases": list(phases),
-            "updates_per_pruning_epoch": UPDATES_PER_EPOCH, "methods": list(methods),
-            "protocols": list(protocols), "batch_size": batch_size,
-            "criterion": name_of(scores), "scope": scope, "parameters": shapes,
-            "prunable": [path for path, flag in zip(shapes, flags, strict=True) if flag],
-            "examples": {name: len(split.y) for name, split in data._asdict().items()},
-            "data_sha256": digest(data), **(settings or {}),
-        },
-        seeds,
-        lambda seed: [dense_group(seed), *(trained_group(method, seed) for method in methods)],
-        group_of, note or (lambda _: None),
-    )  # fmt: skip
+    params, state = jax.eval_shape(network.init, jax.random.key(0))
+    setup = make_setup(network, data, study, task, optimizer, params, state)
+    folder = None if run_dir is None else Path(run_dir)
+    identities = _identities(setup, state)
+    for note in dict.fromkeys(found.note for found in identities.values() if found.note):
+        report(note)
+    config = _config(setup, identities, digest(data), settings or {})
+    record = Record(folder, config, report)
     with contextlib.closing(record):
-        Sweep(
-            init=init, apply=apply, optimizer=optimizer or optax.adam(1e-3), scores=scores,
-            data=jax.tree.map(jnp.asarray, data), record=record, report=report or (lambda _: None),
-            levels=levels, epochs=epochs, methods=tuple(methods), protocols=tuple(protocols),
-            batch_size=batch_size, scope=scope, prunable=prunable, remaining=remaining,
-        ).run(seeds)  # fmt: skip
+        setup = setup._replace(stepped=record.config["stepped"])  # as the run was begun
+        programs = Programs(setup)
+        run(Running(setup, programs, Meter(report), record.levels), record)
+        record.add_seconds("compilation", programs.clock.compiling)
+        record.config["compilations"] += programs.clock.count
         return record.finish()
+
+
+def _config(
+    setup: Setup, identities: dict[Any, Identity], data_sha256: str, more: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what `config.json` shall say of a study."""
+    study, shapes = setup.study, trees.paths_and_leaves(setup.params)
+    settings = {
+        "epochs": study.epochs, "phases": list(phases(study.epochs)),
+        "updates_per_pruning_epoch": UPDATES_PER_EPOCH, "batch_size": study.batch_size,
+        "score_batch": study.score_batch, "recalibrate": study.recalibrate,
+        "task": setup.task.name,
+        "parameters": {path: list(leaf.shape) for path, leaf in shapes},
+        "prunable": [path for (path, _), flag in zip(shapes, setup.flags, strict=True) if flag],
+        "examples": {name: len(split.x) for name, split in setup.data._asdict().items()},
+        "data_sha256": data_sha256,
+    }  # fmt: skip
+    if taken := [name for name in more if name in settings]:
+        raise ValueError(f"settings may not hold {taken[0]!r}, which the study records itself")
+    arms = [
+        {
+            **arm._asdict(),
+            "settings": results.plain(setup.criteria[arm.criterion].settings),
+            "identity": combine(scores=identities["criterion", arm.criterion], arm=list(arm)),
+        }
+        for arm in setup.arms
+    ]
+    network = {name: identities[name] for name in ("init", "step", "apply")}
+    return {
+        "settings": results.plain(settings | more),
+        "identity": combine(**network),
+        "arms": arms,
+        "levels": [list(study.levels)],
+        "seeds": study.seeds,
+        "metrics": [metric._asdict() for metric in setup.metrics],
+        "stepped": setup.stepped,
+    }
+
+
+def _identities(setup: Setup, state: Any) -> dict[Any, Identity]:
+    """Hash initialisation, a training step, scoring, and the scores of every criterion."""
+    network = setup.network
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    batch = jax.eval_shape(setup.batch, key)
+    carry = jax.eval_shape(lambda key: init_state(network, key, setup.optimizer), key)
+    masks = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, bool), setup.params)
+    step = make_step(network, setup.task, setup.optimizer)
+    found: dict[Any, Identity] = {
+        "init": fingerprint(network.init, key),
+        "step": fingerprint(step, carry, masks, batch.x, batch.y, key),
+        "apply": fingerprint(network.apply, setup.params, state, batch.x),
+    }
+    for name in setup.criteria:
+        arm = Arm(name, *setup.arms[0][1:])
+        found["criterion", name] = fingerprint(
+            lambda *args, arm=arm: setup.scores(arm, *args), setup.params, state, batch
+        )
+    return found

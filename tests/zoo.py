@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxprune import models
+from jaxprune.networks import mlp
 
 INPUT = "input"  # the axis is one of the network's input, or comes from one
 OUTPUT = "output"  # the axis reaches the network's output
@@ -277,7 +277,7 @@ def challenge_mlp(*, real: bool = False) -> Network:
     """
     features, hidden, classes = (784, (1000, 1000, 500, 200), 10) if real else (9, (12, 10, 8), 4)
     names = [*(f"hidden_{i}" for i in range(len(hidden))), "logits"]
-    init, apply = models.mlp(features, hidden, classes)
+    init, apply = mlp(features, hidden, classes)
     if not real:  # without compiling, and where double precision is enabled
         pairs = list(itertools.pairwise((features, *hidden, classes)))
         init = _random_init(

@@ -1,0 +1,296 @@
+"""What a weight is worth: one criterion a function, from parameters to scores.
+
+Higher is more important. `magnitude`, `random` and `saliency` are such functions, and a user's own
+are lifted by `criterion`. `masks.masks_at` turns scores and counts into masks.
+"""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool
+
+from jaxprune import files, trees
+from jaxprune.identity import digest, function_name
+from jaxprune.types import Batch, Criterion, Network, Params, Problem, Scores, State, Task
+
+
+def magnitude(params: Params) -> Scores:
+    r"""Score every weight by its absolute value, $s = |w|$.
+
+    Args:
+        params: any tree of arrays.
+
+    Returns:
+        The same tree, shapes and dtypes; leaves that have no magnitude (random keys) as they are.
+
+    Example:
+        >>> magnitude({"kernel": jnp.array([[-2.0, 1.0]])})["kernel"].tolist()
+        [[2.0, 1.0]]
+
+    Reference:
+        Han, Pool, Tran, Dally. Learning both Weights and Connections for Efficient Neural
+        Networks. NeurIPS 2015. There with a threshold a layer, here with exact counts.
+    """
+    return jax.tree.map(lambda w: jnp.abs(w) if _is(w, jnp.number) else w, params)
+
+
+def random(params: Params, problem: Problem | None, batch: Batch) -> Scores:
+    """Score every weight by a number drawn uniformly from [0, 1), the baseline of every criterion.
+
+    Args:
+        params: any tree of arrays.
+        problem: not looked at.
+        batch: its key is drawn from, folded with the index of the leaf.
+
+    Returns:
+        The same tree and shapes, float32; leaves that are not floating as they are.
+
+    Example:
+        >>> batch = Batch(None, None, jax.random.key(0))
+        >>> random({"kernel": jnp.zeros((2, 3))}, None, batch)["kernel"].shape
+        (2, 3)
+    """
+    leaves, tree = jax.tree.flatten(params)
+    keys = [jax.random.fold_in(batch.key, i) for i in range(len(leaves))]
+    # Of float32 whatever the parameters are: bfloat16 would tell 128 scores apart.
+    drawn = [
+        jax.random.uniform(key, jnp.shape(w), jnp.float32) if _is(w, jnp.floating) else w
+        for key, w in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(tree, drawn)
+
+
+def saliency(params: Params, problem: Problem, batch: Batch) -> Scores:
+    r"""Score every weight by how much the loss would change without it, to first order.
+
+    $s = |w \cdot \partial L / \partial w|$, where $L$ is the mean of `problem.losses`.
+
+    Args:
+        params: any tree of floating point arrays.
+        problem: gives the losses.
+        batch: the examples that they are taken of.
+
+    Returns:
+        The same tree and shapes, in float32 where the parameters are narrower.
+
+    Raises:
+        TypeError: a leaf is not floating; names it.
+
+    Example:
+        >>> problem = Problem(lambda p, x: x @ p, lambda p, b: (b.x @ p - b.y) ** 2)
+        >>> batch = Batch(jnp.ones((1, 2)), jnp.zeros(1), jax.random.key(0))
+        >>> saliency(jnp.array([3.0, -1.0]), problem, batch).tolist()
+        [12.0, 4.0]
+
+    Reference:
+        Mozer, Smolensky. Skeletonization. NIPS 1988: a gate of each unit, for which the weight
+        stands here. Molchanov, Tyree, Karras, Aila, Kautz. Pruning Convolutional Neural Networks
+        for Resource Efficient Inference. ICLR 2017: activations of feature maps in place of
+        weights, averaged over examples after the absolute value and normalised within a layer; here
+        the gradient is the mean loss's, and nothing is normalised.
+    """
+    for path, w in trees.paths_and_leaves(params):
+        if not _is(w, jnp.floating):
+            raise TypeError(
+                "saliency: a gradient criterion for a network with integer leaves: "
+                f"{path!r} is {jnp.asarray(w).dtype}, which has no gradient"
+            )
+    gradients = jax.grad(lambda p: jnp.mean(problem.losses(p, batch)))(params)
+
+    def score(w: Any, gradient: Array) -> Array:
+        # In float16 the product would underflow.
+        dtype = gradient.dtype if gradient.dtype.itemsize >= 4 else jnp.float32
+        return jnp.abs(jnp.asarray(w, dtype) * gradient.astype(dtype))
+
+    return jax.tree.map(score, params, gradients)
+
+
+CRITERIA = {"magnitude": magnitude, "random": random, "saliency": saliency}
+
+
+def criterion(
+    f: Callable | Criterion, *, name: str | None = None, settings: dict[str, Any] | None = None
+) -> Criterion:
+    """Make a criterion of a plain function, which is told apart by what it requires.
+
+    Args:
+        f: `f(params)` or `f(params, problem, batch)`, which returns the scores of all leaves. What
+            a `functools.partial` has bound becomes settings, and part of the name, such as
+            `my_scores(alpha=2)`. A `Criterion` is returned as it is, but for what is given here.
+        name: as rows, tables and flags show it; by default the function's, or its class's. Two
+            lambdas in one study need names.
+        settings: plain values, to be recorded besides those of a partial.
+
+    Returns:
+        The criterion; it checks what `f` returns, see `check_scores`.
+
+    Raises:
+        TypeError: `f` is no function, or one of neither one nor three required arguments.
+
+    Example:
+        >>> def power(params, alpha):
+        ...     return jax.tree.map(lambda w: jnp.abs(w) ** alpha, params)
+        >>> criterion(functools.partial(power, alpha=2)).name
+        'power(alpha=2)'
+    """
+    settings = {key: _plain(value) for key, value in (settings or {}).items()}
+    if isinstance(f, Criterion):
+        return Criterion(name or f.name, {**f.settings, **settings}, f.scores)
+    alone = _arguments(f) == 1
+    bound = {key: _plain(value) for key, value in _bound(f).items()}
+    if name is None:
+        shown = ", ".join(f"{key}={value}" for key, value in bound.items())
+        name = f"{function_name(f)}({shown})" if bound else function_name(f)
+
+    def scores(params: Params, problem: Problem, batch: Batch) -> Scores:
+        found = f(params) if alone else f(params, problem, batch)
+        check_scores(found, params, name)
+        return found
+
+    return Criterion(name, {**bound, **settings}, scores)
+
+
+def resolve(spec: str | Callable | Criterion) -> Criterion:
+    """Return the criterion that a name, `module:function` or a function stands for.
+
+    Raises:
+        ValueError: there is no such criterion, or it is no function of (params) or of
+            (params, problem, batch); one line.
+        TypeError: likewise, of a function that is given as such.
+
+    Example:
+        >>> resolve("saliency").name
+        'saliency'
+    """
+    if not isinstance(spec, str):
+        return criterion(spec)
+    if spec in CRITERIA:
+        return criterion(CRITERIA[spec])
+    if ":" not in spec:
+        raise ValueError(
+            f"criterion must be one of {', '.join(CRITERIA)}, or module:function, got {spec!r}"
+        )
+    try:
+        return criterion(files.import_function(spec))
+    except TypeError as error:
+        raise ValueError(f"criterion {spec!r}: {error}") from error
+
+
+def problem(network: Network, task: Task, state: State) -> Problem:
+    """Make what a criterion may ask, of a network as it scores, with this state.
+
+    Args:
+        network: its `apply` is taken.
+        task: gives losses and weights.
+        state: the network's; an argument of the program in which this is called.
+
+    Returns:
+        Its losses (batch,) have the mean that training minimises: sum(losses) / sum(weights).
+    """
+
+    def apply(params: Params, x: Any) -> Any:
+        return network.apply(params, state, x)
+
+    def losses(params: Params, batch: Batch) -> Array:
+        each, weights = task.loss(apply(params, batch.x), batch.y)
+        return each * (each.size / jnp.sum(weights)).astype(each.dtype)
+
+    return Problem(apply, losses)
+
+
+def check_scores(scores: Scores, params: Params, name: str = "scores") -> None:
+    """Check that scores have the tree, shapes and real floating dtype of the parameters.
+
+    The dtype may be wider or narrower; where the parameters are not real floating, it is anything.
+
+    Args:
+        scores: of one network, without a levels axis; may be traced.
+        params: the network's.
+        name: of the criterion, for the message.
+
+    Raises:
+        ValueError: names the criterion, the leaf and both shapes, or the dtype.
+    """
+    for path, score in trees.paths_and_leaves(scores):
+        if not isinstance(score, jax.Array | np.ndarray | np.generic | float):
+            raise ValueError(
+                f"criterion {name}: the score {path!r} is no array, but {type(score).__name__}"
+            )
+    try:
+        trees.check_match("scores", scores, "parameters", params)
+    except ValueError as error:
+        raise ValueError(f"criterion {name}: {error}") from None
+    pairs = zip(trees.paths_and_leaves(scores), jax.tree.leaves(params), strict=True)
+    for (path, score), w in pairs:
+        if _is(w, jnp.floating) and not _is(score, jnp.floating):
+            raise ValueError(
+                f"criterion {name}: the scores of leaf {path!r} must be real floating point "
+                f"numbers, got {jnp.asarray(score).dtype}"
+            )
+
+
+def non_finite(scores: Scores, prunable: Any) -> Bool[Array, " leaves"]:
+    """Tell of each leaf whether it is prunable and has scores that are NaN or infinite; traceable.
+
+    Args:
+        scores: a tree of arrays.
+        prunable: a tree of bools like the scores, or a list of them in flatten order.
+    """
+    leaves = zip(jax.tree.leaves(scores), jax.tree.leaves(prunable), strict=True)
+    return jnp.array(
+        [~jnp.isfinite(score).all() if chosen else False for score, chosen in leaves], bool
+    )
+
+
+def _is(w: Any, kind: Any) -> bool:
+    """Tell whether a leaf's dtype is of a kind, such as `jnp.floating`."""
+    return bool(jnp.issubdtype(getattr(w, "dtype", type(w)), kind))
+
+
+def _arguments(f: Any) -> int:
+    """Return how many arguments a function requires: 1 or 3."""
+    name = function_name(f)
+    if not callable(f):
+        raise TypeError(f"a criterion must be a function, got {name}")
+    try:
+        parameters = inspect.signature(f).parameters.values()
+    except ValueError:
+        raise TypeError(f"criterion {name} has no signature: wrap it in a lambda") from None
+    required = [p for p in parameters if p.default is p.empty and p.kind not in
+                (p.VAR_POSITIONAL, p.VAR_KEYWORD)]  # fmt: skip
+    if len(required) not in (1, 3) or any(p.kind == p.KEYWORD_ONLY for p in required):
+        raise TypeError(
+            f"a criterion takes (params) or (params, problem, batch), and {name} requires "
+            f"({', '.join(map(str, required))})"
+        )
+    return len(required)
+
+
+def _bound(f: Any) -> dict[str, Any]:
+    """Return what a `functools.partial` has bound, by the names of the arguments."""
+    if not isinstance(f, functools.partial):
+        return {}
+    return inspect.signature(f.func).bind_partial(*f.args, **f.keywords).arguments
+
+
+def _plain(value: Any) -> Any:
+    """Return a setting as JSON gives it back: arrays and objects by their hash, functions named."""
+    if isinstance(value, np.generic | np.ndarray | jax.Array):
+        if np.ndim(value) == 0 and not jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+            return _plain(value.item())
+        return f"{value.dtype}{list(value.shape)} {digest(value)[:8]}"
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else repr(value)
+    return f"{function_name(value)} {digest(value)[:8]}"

@@ -1,0 +1,197 @@
+"""Arms in figures: which rows belong together, how they look, and what is said of them.
+
+A family is a criterion with its scope. Where there is one, granularities differ by colour,
+otherwise families do; one-shot is dashed, trained solid.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from jaxprune.config import Arm
+from jaxprune.figures.panels import Look, Points, curve, footnote, over_seeds
+from jaxprune.results import Row
+from jaxprune.types import Metric
+
+Family = tuple[str, str]
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "0.35")
+_MARKERS = "osD^vPX<"  # one more than colours, so that pairs repeat late
+_PROTOCOLS: dict[str, Look] = {
+    "one_shot": {"linestyle": (0, (4, 2)), "markerfacecolor": "white"},
+    "trained": {"linestyle": "-"},
+}
+_OTHER: Look = {"linestyle": "-."}
+_GUESS: Look = {"color": "0.4", "linestyle": ":", "linewidth": 1, "label": "blind guess"}
+
+
+def drawn_metrics(metrics: Sequence[Metric]) -> list[Metric]:
+    """Return the two that are shown first."""
+    return [metric for metric in metrics if metric.drawn][:2] or list(metrics[:2])
+
+
+def last_epoch(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows of the last epoch."""
+    last = max((row.epoch for row in rows), default=0)
+    return [row for row in rows if row.epoch == last]
+
+
+def present(rows: Iterable[Row], field: str) -> list[str]:
+    """Return the values of a field, known ones in their order, then the others."""
+    known = {"weight": 0, "unit": 1, "one_shot": 0, "trained": 1}
+    found = dict.fromkeys(getattr(row, field) for row in rows)
+    return sorted(found, key=lambda name: known.get(name, len(known)))
+
+
+def family_of(row: Row | Arm) -> Family:
+    """Return the criterion and the scope of a row or an arm."""
+    return row.criterion, row.scope
+
+
+def families_of(rows: Iterable[Row]) -> list[Family]:
+    """Return the families in the order in which they come."""
+    return list(dict.fromkeys(map(family_of, rows)))
+
+
+def family_name(family: Family, rows: Sequence[Row]) -> str:
+    """Return what tells a family from the others: its criterion, its scope, or both."""
+    telling = [len({found[i] for found in families_of(rows)}) > 1 for i in (0, 1)]
+    return ", ".join(name for name, tells in zip(family, telling, strict=True) if tells)
+
+
+def color_of(index: int) -> Look:
+    """Return a colour and marker, each differing from its neighbours'."""
+    return {"color": _COLORS[index % len(_COLORS)], "marker": _MARKERS[index % len(_MARKERS)]}
+
+
+def looks_of(rows: Sequence[Row], *, families: bool = True) -> Callable[[Arm], Look]:
+    """Return the look of an arm: by its family where there are several and they are meant."""
+    every, colors = families_of(rows), _granularity_colors(rows)
+    families = families and len(every) > 1
+
+    def look(arm: Arm) -> Look:
+        color = color_of(every.index(family_of(arm))) if families else colors[arm.granularity]
+        return color | _PROTOCOLS.get(arm.protocol, _OTHER) | {"label": str(arm)}
+
+    return look
+
+
+def legend_of(rows: Sequence[Row], metrics: Iterable[Metric], shown: Any = None) -> list[Line2D]:
+    """Return the legend: families or granularities by colour, then protocols by line.
+
+    Args:
+        rows: all that is drawn.
+        metrics: in whose panels a blind guess is marked.
+        shown: families, where they have the colours; None for all if there are several.
+    """
+    looks: list[Look]
+    every = families_of(rows)
+    if shown is None and len(every) > 1:
+        shown = every
+    if shown:
+        looks = [color_of(every.index(f)) | {"label": family_name(f, rows)} for f in shown]
+    else:
+        colors = _granularity_colors(rows)
+        looks = [colors[g] | {"label": f"{g}s"} for g in present(rows, "granularity")]
+    for name in present(rows, "protocol"):
+        label = {"color": "0.2", "label": name.replace("_", "-")}
+        looks.append(label | _PROTOCOLS.get(name, _OTHER))
+    if any(metric.chance is not None for metric in metrics):
+        looks.append(_GUESS)
+    return [Line2D([], [], **look) for look in looks]
+
+
+def panel_rows(
+    rows: Sequence[Row], metrics: Sequence[Metric]
+) -> list[tuple[Metric, str, list[Row], bool]]:
+    """Return what goes into a row of panels each, its name, and whether it is a smaller range.
+
+    Metrics, the first once more where some networks are trained: those differ by a point where
+    others lose ninety. Of several families the first metric, a row each.
+    """
+    families, drawn = families_of(rows), drawn_metrics(metrics)
+    if len(families) > 1:
+        own = {family: [row for row in rows if family_of(row) == family] for family in families}
+        return [(drawn[0], family_name(name, rows), own[name], False) for name in families]
+    parts = [(metric, "", list(rows), False) for metric in drawn]
+    if len(present(rows, "protocol")) > 1:
+        parts.insert(1, (drawn[0], "near the trained", list(rows), True))
+    return parts
+
+
+def points_of(rows: Iterable[Row], x: str, metric: str) -> Points:
+    """Return (x, y) of every seed by level and epoch, where it is known.
+
+    Raises:
+        ValueError: two rows are of one arm, seed, epoch and level.
+    """
+    points, seen = defaultdict(list), set()
+    for row in sorted(rows, key=lambda row: (row.target_sparsity, row.epoch, row.seed)):
+        if (key := (*row.arm, row.target_sparsity, row.epoch, row.seed)) in seen:
+            raise ValueError(
+                f"two rows of {row.arm}, seed {row.seed}, epoch {row.epoch}, "
+                f"level {100 * row.target_sparsity:g}%: name the criteria differently"
+            )
+        seen.add(key)
+        if (value := row.metrics.get(metric)) is not None:
+            points[row.target_sparsity, row.epoch].append((getattr(row, x), value))
+    return points
+
+
+def arm_curves(
+    ax: Axes, rows: Sequence[Row], x: str, metric: Metric, look: Callable[[Arm], Look]
+) -> None:
+    """Draw a curve an arm."""
+    for arm in dict.fromkeys(row.arm for row in rows):
+        points = points_of([row for row in rows if row.arm == arm], x, metric.name)
+        curve(ax, points, metric, **look(arm))
+
+
+def mark_guess(metric: Metric, *line: Axes) -> None:
+    """Mark what a guess gets that knows nothing, if it is within the panels."""
+    if metric.chance is not None:
+        for ax in line:
+            ax.set(autoscale_on=False)
+            ax.axhline(metric.chance, **_GUESS)
+
+
+def zoom_in(metric: Metric, rows: Iterable[Row], line: Iterable[Axes]) -> None:
+    """Limit panels to the best four fifths of the rows, with some room."""
+    known = (row.metrics.get(metric.name) for row in rows)
+    if values := [value for value in known if value is not None]:
+        low, high = np.quantile(values, (0, 0.8) if metric.better == "lower" else (0.2, 1))
+        room = 0.1 * (high - low) or 0.01
+        for ax in line:
+            ax.set_ylim(low - room, high + room)
+
+
+def add_name(ax: Axes, name: str) -> None:
+    """Put a name before the label of the y axis."""
+    ax.set_ylabel("\n".join(filter(None, [name, ax.get_ylabel()])))
+
+
+def finish(fig: Figure, rows: Sequence[Row], note: str, handles: Sequence[Any]) -> Figure:
+    """Add the legend above and the footnote below; name the x axis on the last row only."""
+    for ax in fig.axes:
+        if (place := ax.get_subplotspec()) and not place.is_last_row():
+            ax.set_xlabel("")
+    fig.align_labels()
+    widths = [0.5 + 0.062 * len(handle.get_label()) for handle in handles]  # inches
+    columns = len(handles) if sum(widths) < 6.6 else max(int(6.6 / max(widths)), 1)
+    fig.legend(handles=handles, loc="outside upper center", ncols=columns, handlelength=2.2,
+               columnspacing=1.4)  # fmt: skip
+    criteria, scopes = (", ".join(present(rows, field)) for field in ("criterion", "scope"))
+    epochs = max(row.epoch for row in rows)
+    after = f"{epochs} epoch{'s' * (epochs > 1)}" if epochs else ""
+    seeds = over_seeds(len({row.seed for row in rows}))
+    footnote(fig, note, f"{criteria} scores, by {scopes}", after, seeds)
+    return fig
+
+
+def _granularity_colors(rows: Iterable[Row]) -> dict[str, Look]:
+    names = dict.fromkeys(["weight", "unit", *present(rows, "granularity")])
+    return {name: color_of(i) for i, name in enumerate(names)}

@@ -1,0 +1,227 @@
+"""The report of a run, and the page of all that was measured: whole, valid, and of the rows."""
+
+import dataclasses
+import html
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+
+from experiments import results_page
+from jaxprune import report, results
+from jaxprune.config import Arm
+from jaxprune.report import Section
+from jaxprune.results import Table
+
+ROOT = Path(__file__).parent.parent
+ALL = ["k-sparsity-weight", "k-sparsity-unit", "weight-vs-unit", "epoch_training_weights",
+       "epoch_training_units", "calibration-and-churn"]  # fmt: skip
+VOID = {"meta", "br"}
+TABLE = Table(
+    "a title", [("", "pruned"), ("one", "a|b"), ("one", "c")], [["<x>", "1.5 ± 0.1", "-"]]
+)
+
+
+class Page(HTMLParser):
+    """What a page holds; the tags must be closed in the order in which they were opened."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.cells: list[str] = []
+        self.feed(path.read_text())
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_startendtag(tag, attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert tag == self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in ("td", "th", "code", "p", "h1", "h2", "h3"):
+            self.cells.append(data)
+
+
+def draw() -> Figure:
+    figure = Figure(figsize=(6.8, 2))
+    ax = figure.subplots()
+    ax.plot([0, 1], [0.125, 1], marker="o", label="<line>")
+    ax.set_clip_on(True)
+    figure.legend()
+    return figure
+
+
+@pytest.fixture(scope="module")
+def committed() -> tuple[results.Run, dict[str, Any]]:
+    folder = ROOT / "figures"
+    names = ("benchmark", "inference", "resnet")
+    found = {name: json.loads((folder / f"{name}.json").read_text()) for name in names}
+    return results.load_run(folder), found
+
+
+def test_the_report_is_one_valid_file_that_needs_no_other(
+    committed: tuple[results.Run, dict[str, Any]], tmp_path: Path
+) -> None:
+    run = dataclasses.replace(committed[0], path=Path("runs/a & b"))
+    report.write_report(run, {"first": draw(), "second <&>": draw()}, tmp_path / "report.html")
+    page = Page(tmp_path / "report.html")
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids)) > 10  # also between figures
+    text = (tmp_path / "report.html").read_text()
+    used = re.findall(r"url\((.*?)\)", text)
+    used += [value for name, value in page.attributes if name in ("src", "href", "xlink:href")]
+    assert used and {name.removeprefix("#") for name in used} <= set(ids)
+    assert "http" not in text and "script" not in page.tags and "@import" not in text
+    assert page.tags.count("svg") == 2 and ("aria-label", "second <&>") in page.attributes
+    assert "0.125" not in text and ">&lt;line&gt;<" in text
+    for table in results.tables(run.rows, run.metrics):
+        assert table.title in page.cells
+        assert {cell for line in table.lines for cell in line} <= set(page.cells)
+    for cell in ("fashion_mnist", "experiments/sweep.py --preset challenge", "x86_64", "0.10.2",
+                 "462.735", "1000 1000 500 200", "trained"):  # fmt: skip
+        assert cell in page.cells
+    (code,) = [cell for cell in page.cells if "jp.load_run" in cell]
+    assert "run = jp.load_run('runs/a & b')" in code and "level=99)" in code
+    compile(code, "report.html", "exec")
+
+
+def test_a_report_without_figures_or_rows(
+    committed: tuple[results.Run, dict[str, Any]], tmp_path: Path
+) -> None:
+    run = dataclasses.replace(committed[0], rows=[])
+    report.write_report(run, None, tmp_path / "report.html")
+    page = Page(tmp_path / "report.html")
+    assert "svg" not in page.tags and "Figures" not in page.cells and "Results" not in page.cells
+
+
+def test_both_formats_are_of_the_same_sections_and_escape(tmp_path: Path) -> None:
+    section = Section("a <b>", ["p & q"], [TABLE], {"name": draw()}, "x < 1")
+    report.write_html("<t>", [section], tmp_path / "a.html")
+    page = Page(tmp_path / "a.html")
+    assert page.cells == ["<t>", "a <b>", "p & q", "a title", "one", "pruned", "a|b", "c", "<x>",
+                          "1.5 ± 0.1", "-", "x < 1"]  # fmt: skip
+    assert page.attributes.count(("colspan", "2")) == 1
+    assert page.attributes.count(("class", "number")) == 4  # two columns, heads too
+    report.write_markdown("t", [section], tmp_path / "a.md")
+    assert (tmp_path / "a.md").read_text().split("\n\n") == [
+        "# t", "## a <b>", "p & q", "**a title**",
+        "| pruned | one a\\|b | one c |\n| --- | ---: | ---: |\n| <x> | 1.5 ± 0.1 | - |",
+        "![name](name.png)", "```python\nx < 1\n```\n",
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_shows_it_without_scrolling_sideways(
+    width: int, committed: tuple[results.Run, dict[str, Any]], tmp_path: Path
+) -> None:
+    if (browser := shutil.which("chromium")) is None:
+        pytest.skip("no chromium (Debian: apt-get install chromium)")
+    path = tmp_path / "report.html"
+    report.write_report(committed[0], {"first": draw()}, path)
+    # A window is 500 wide at least; a frame in it is not.
+    frame = f'<iframe width="{width}" height="2000" style="border: 0" srcdoc="'
+    probe = "const e = document.querySelector('iframe').contentDocument.documentElement;"
+    probe += "document.title = `${e.clientWidth} ${e.scrollWidth}`"
+    probe = f'"></iframe><script>onload = () => {{{probe}}}</script>'
+    (tmp_path / "frame.html").write_text(frame + html.escape(path.read_text()) + probe)
+    flags = ("headless", "no-sandbox", "disable-gpu", "hide-scrollbars",
+             f"window-size={width},2000", f"user-data-dir={tmp_path / 'profile'}")  # fmt: skip
+    command = [browser, *(f"--{flag}" for flag in flags)]
+    image = tmp_path / "page.png"
+    for what, page in (("--dump-dom", tmp_path / "frame.html"), (f"--screenshot={image}", path)):
+        done = subprocess.run([*command, what, page.as_uri()], capture_output=True, text=True,
+                              check=True, timeout=120)  # fmt: skip
+        if what == "--dump-dom":
+            assert re.findall("<title>(.*?)</title>", done.stdout)[0] == f"{width} {width}"
+    assert int.from_bytes(image.read_bytes()[16:20]) == width
+
+
+def test_the_committed_page_is_of_the_committed_rows_and_timings(
+    committed: tuple[results.Run, dict[str, Any]], tmp_path: Path
+) -> None:
+    run, found = committed
+    names = [*ALL, "inference-speed", "file-sizes", "resnet-training"]
+    sections = results_page.sections(run, found, dict.fromkeys(names))
+    report.write_markdown("Results", sections, tmp_path / "RESULTS.md")
+    assert (tmp_path / "RESULTS.md").read_bytes() == (ROOT / "figures/RESULTS.md").read_bytes()
+    assert {path.stem for path in (ROOT / "figures").glob("*.png")} == set(names)
+    assert sorted(name for section in sections for name in section.figures) == sorted(names)
+
+
+def test_the_committed_run_is_the_challenge_and_complete(
+    committed: tuple[results.Run, dict[str, Any]],
+) -> None:
+    run, _ = committed
+    keys = {(r.arm, r.seed, r.epoch, r.target_sparsity) for r in run.rows}
+    assert len(keys) == len(run.rows) == 2 * 2 * 3 * 20 * 10
+    for row in run.rows:
+        if row.epoch == 20 or row.protocol == "one_shot":
+            assert row.sparsity == pytest.approx(row.target_sparsity, abs=1e-6)
+    for level in (0.7, 0.8, 0.9, 0.95):  # the challenge's finding
+        weight, unit = (Arm("magnitude", g, "layer", "one_shot") for g in ("weight", "unit"))
+        assert results.difference(run.rows, weight, unit, level, "accuracy")[0] > 0
+
+
+def test_energy_is_stated_where_it_was_measured(
+    committed: tuple[results.Run, dict[str, Any]],
+) -> None:
+    timed, pruned = (committed[1][name] for name in ("benchmark", "inference"))
+    joules = {"level": 99.0, "ours": 0.0125, "dense": 0.25}
+    (line,) = results_page.cost_claims(timed, pruned | {"joules": joules})[-1:]
+    assert line[2] == "12.5 mJ at 99% by weight, batch 256; dense 250 mJ (RAPL)"
+    assert "not measured" in results_page.cost_claims(timed, pruned | {"joules": None})[-1][2]
+
+
+def test_every_goal_that_is_missed_is_named() -> None:
+    def measured(ratio: float, rate: float, size: float, seconds: float) -> dict[str, Any]:
+        """Two networks and three files that are worse at every goal, or better."""
+        speed = [
+            {"granularity": "weight", "level": level, "batch": 256, "ratios": [ratio] * 3,
+             "kept": 1_000_000, "seconds": {"ours": [2 * 256e6 / (1e9 * rate)]}}
+            for level in (75, 80)
+        ]  # fmt: skip
+        files = [
+            {"level": level, "values": values, "dense": 1000e6, "bytes": size * part,
+             "accuracy": 0.9, "bound": 60e6, "bitmap": 70e6, "csr": 80e6, "npz": 80e6,
+             "gzip": 80e6, "saving": seconds, "loading": seconds}
+            for level, values, part in ((95, "float32", 1), (95, "codebook5", 0.4))
+        ]  # fmt: skip
+        return {"speed": speed, "files": files}
+
+    good = measured(2.0, 41, 55e6, 9)
+    assert results_page.goals(good) == "Goals missed: crossover by 70%: at batch 256 (75)."
+    good["speed"][0]["level"] = 70
+    assert results_page.goals(good) == "Every goal is reached."
+    good["files"][1]["accuracy"] = 0.897
+    assert "within 0.2 points of float32, at 92 to 95%: `float32` 95% (0.0)." in (
+        results_page.goals(good)
+    )
+    bad = results_page.goals(measured(0.5, 39.5, 75e6, 11))
+    for part in (
+        "never slower than dense, by the upper quartile: weight 75% at batch 256 (0.50), ",
+        "1.7 times as fast as dense: weight 80% at batch 256 (0.50)",
+        "40 GFLOP/s of kept multiply-adds: weight 80% at batch 256 (39.5)",
+        "crossover by 70%: at batch 256 (None)",
+        "at most 0.97 of the bound: `float32` 95% (1.250)",
+        "smaller than bitmap, CSR, npz and gzip: `float32` 95% (1.071 times)",
+        "saving at 100 MB/s of dense weights: `float32` 95% (90.9), `codebook5` 95% (90.9)",
+        "loading at 100 MB/s of dense weights: `float32` 95% (90.9)",
+    ):
+        assert part in bad
