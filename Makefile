@@ -57,9 +57,8 @@ lint: .venv/stamp ## style and types
 		.venv/bin/python -m pyright --pythonpath .venv/bin/python || status=1; \
 	exit $$status
 
-figures: .venv/stamp ## figures/ and README's tables anew, or from RUN=runs/fashion_mnist-challenge
+figures: .venv/stamp ## figures/ and its RESULTS.md anew, or from RUN=runs/fashion_mnist-challenge
 	@.venv/bin/python experiments/figures.py $(RUN) --out figures $(ARGS)
-	@.venv/bin/python experiments/readme.py
 
 benchmark: .venv/stamp .venv-torch/stamp data ## speed against PyTorch, in an environment of its own
 	@torch=; [ ! -e .venv-torch/stamp ] || torch='--torch .venv-torch/bin/python'; \

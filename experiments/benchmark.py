@@ -31,14 +31,12 @@ import optax
 
 from jaxprune import config, data, networks, structure, trees
 from jaxprune.criteria import magnitude
-from jaxprune.data import Split
 from jaxprune.masks import apply_masks, masks_at
 from jaxprune.study import parts
 from jaxprune.study.programs import Programs
 from jaxprune.study.rows import keep_all
 from jaxprune.study.setup import make_setup
 from jaxprune.study.stages import UPDATES_PER_EPOCH
-from jaxprune.tasks import classification, mean_loss
 from jaxprune.train import TrainState, batch_indices
 from jaxprune.types import Counts, Masks, Params
 
@@ -131,16 +129,14 @@ class Benchmark:
         features = loaded.train.x[0].size
         self.sizes = (features, *hidden_sizes, int(loaded.train.y.max()) + 1)
         init, self.apply = networks.mlp(features, hidden_sizes, self.sizes[-1])
-        network = networks.network(init, self.apply)
-        self.params = jax.jit(init)(jax.random.key(0))
-        study = config.Study(batch_size=BATCH_SIZE)
+        network, self.params = networks.network(init, self.apply), jax.jit(init)(jax.random.key(0))
+        study = config.Study(levels=config.LEVELS, batch_size=BATCH_SIZE)
         self.setup = make_setup(network, loaded, study, None, None, self.params, {})
         self.data, self.programs = self.setup.data, Programs(self.setup)
         self.batch = self.setup.batch(jax.random.key(0))
         self.by = {arm.granularity: arm for arm in self.setup.arms}
-        self.start(1)
-        params = self.train(keep_all(self.carry.params), min(TRAINED_STEPS, self.epoch_steps))
-        self.params = trees.unstack(params)[0]
+        params = self.train(keep_all(self.start(1)), min(TRAINED_STEPS, self.epoch_steps))
+        (self.params,) = trees.unstack(params)
         self.targets = [config.sparsity_of_level(level) for level in config.LEVELS]
         self.counts = self.counts_of(self.targets)
         granularities = self.setup.granularities
@@ -173,11 +169,9 @@ class Benchmark:
         batches = batch_indices(jax.random.key(0), len(y), BATCH_SIZE)
         return x, y, batches, jax.random.key(0), np.int32(0), np.int32(steps)
 
-    def score(self, params: Params, masks: Masks) -> float:
+    def score(self, levels: Sequence[parts.Part]) -> float:
         """Return the seconds of scoring all levels."""
-        splits = Split(*self.data.val), Split(*self.data.test)
-        args = params, {}, masks, *splits, None
-        return self.programs.clock.time(self.programs.whole.score, *args)[1]
+        return parts.score(levels, self.setup, self.programs, None)[2]
 
     def compare(
         self, name: str, goal: str, ours: Callable[[], float], other: str,
@@ -200,18 +194,15 @@ class Benchmark:
         names = sorted(self.params)  # hidden_0, hidden_1, ..., logits
         inputs = {f"kernel_{i}": self.params[name]["kernel"] for i, name in enumerate(names)}
         for g in self.counts:
-            inputs[f"{g}_counts"] = np.stack(
-                [self.pruned_of(g, name) for name in names[:-1]], 1
-            )  # fmt: skip
+            inputs[f"{g}_counts"] = np.stack([self.pruned_of(g, n) for n in names[:-1]], axis=1)
         x, y = self.data.train
         return inputs | {"x": x.reshape(len(x), -1), "y": y, "batch_size": BATCH_SIZE}
 
     def pruned_of(self, granularity: str, name: str) -> np.ndarray:
         """Return how many weights or units of a layer every level prunes, (levels,)."""
-        counts = self.counts[granularity]
-        if name not in counts:  # the last layer, of which no units are pruned
-            return np.zeros(len(self.targets), np.int32)
-        return np.asarray(jax.tree.leaves(counts[name])[0])
+        counts = dict(trees.paths_and_leaves(self.counts[granularity]))
+        # Of the last layer no units are pruned.
+        return np.asarray(counts.get(f"{name}/kernel", np.zeros(len(self.targets), np.int32)))
 
     def measure_masks(self, ask: Ask | None) -> None:
         """Check all masks, and compare the time that they take."""
@@ -229,8 +220,8 @@ class Benchmark:
     def measure_epoch(self, ask: Ask | None) -> None:
         """Check that PyTorch has the same network, and compare how fast it goes on learning."""
         x, y = (jnp.asarray(values[:500]) for values in self.data.train)
-        task = classification()
-        loss = float(jax.jit(lambda *a: mean_loss(task, self.apply(*a), y))(self.params, x))
+        losses = optax.softmax_cross_entropy_with_integer_labels
+        loss = float(jax.jit(lambda *args: losses(self.apply(*args), y).mean())(self.params, x))
         if ask and abs(loss - ask("loss", examples=len(y))["loss"]) > 1e-4:
             raise ArithmeticError(f"the loss of the same network is {loss:.6f}, not so in PyTorch")
         steps = min(TIMED_STEPS, self.epoch_steps)
@@ -243,17 +234,18 @@ class Benchmark:
 
     def measure_evaluation(self) -> None:
         (_, val, test), levels = self.data, len(self.targets)
-        params = self.start(levels)
+        self.start(levels)
+        whole = [parts.Part(self.carry, self.masks["weight"])]
         # The padding of batches is not counted, so what is wasted on it lowers the rate.
         flop = 2 * levels * (len(val.y) + len(test.y)) * macs(self.sizes, training=False)
         self.compare(
             f"evaluation of {levels} weight levels", ">= 80 %",
-            lambda: self.score(params, self.masks["weight"]), "matmul", lambda rate: flop / rate,
+            lambda: self.score(whole), "matmul", lambda rate: flop / rate,
         )  # fmt: skip
 
     def measure_smaller(self) -> None:
         """Compare what unit pruning leaves, compacted, with the same under masks."""
-        x = self.data.test.x[:INFERENCE_BATCH].reshape(INFERENCE_BATCH, -1)
+        x = self.data.test.x[:INFERENCE_BATCH]
         dense = jax.jit(self.apply)
         for level, goal in COMPACT_GOALS.items():
             i = config.LEVELS.index(level)
@@ -274,24 +266,15 @@ class Benchmark:
                 lambda _: median(clock(dense, masked, x)[1] for _ in range(30)),  # noqa: B023
             )  # fmt: skip
 
-        levels = len(self.targets)
-        stacked = self.start(levels)
-
-        def by(granularity: str) -> float:
-            started = time.perf_counter()
-            if granularity == "weight":
-                self.score(stacked, self.masks["weight"])
-            else:  # reading the program and taking the units out included
-                carry = TrainState(stacked, {}, ())
-                smaller = parts.compact(carry, self.masks["unit"], self.setup)
-                parts.score(smaller, self.setup, self.programs, None)
-            return time.perf_counter() - started
-
-        self.compare(
-            f"evaluation of {levels} unit levels", ">= 3 x", lambda: by("unit"),
-            f"{levels} weight levels", lambda _: by("weight"),
+        levels, units = len(self.targets), self.masks["unit"]
+        carry = TrainState(self.start(levels), {}, ())
+        whole = [parts.Part(carry, self.masks["weight"])]
+        self.compare(  # reading the program and taking the units out included
+            f"evaluation of {levels} unit levels", ">= 3 x",
+            lambda: clock(lambda: self.score(parts.compact(carry, units, self.setup)))[1],
+            f"{levels} weight levels", lambda _: clock(self.score, whole)[1],
         )  # fmt: skip
-        pruned = jax.tree.map(lambda leaf: leaf[1:], self.masks["unit"])
+        pruned = jax.tree.map(lambda leaf: leaf[1:], units)
         steps = max(1, round(self.epoch_steps / UPDATES_PER_EPOCH))
         self.start(levels - 1)
         smaller, args = parts.compact(self.carry, pruned, self.setup), self.batches(steps)

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import gzip
 import io
+import itertools
 import json
 import os
 import sys
@@ -65,13 +66,12 @@ class Pruned(NamedTuple):
 
 def trained(run: Run, seeds: Sequence[int], levels: Sequence[float]) -> Iterator[Pruned]:
     """Yield the networks trained with their masks."""
-    for arm in run.arms:
-        if (arm.criterion, arm.scope, arm.protocol) == ("magnitude", "layer", "trained"):
-            for level in levels:
-                for seed in seeds:
-                    params, _, masks = run.network(arm, seed, level)
-                    pruned = apply_masks(params, masks)
-                    yield Pruned(arm.granularity, level, seed, pruned, masks)
+    arms = [arm for arm in run.arms if (arm[0], *arm[2:]) == ("magnitude", "layer", "trained")]
+    if not arms or run.config["settings"].get("network", "mlp") != "mlp":
+        raise ValueError(f"{run.path} has no mlp trained with the masks of magnitude, by layer")
+    for arm, level, seed in itertools.product(arms, levels, seeds):
+        params, _, masks = run.network(arm, seed, level)
+        yield Pruned(arm.granularity, level, seed, apply_masks(params, masks), masks)
 
 
 def kernels_of(params: Any) -> list[np.ndarray]:
@@ -119,7 +119,9 @@ def measure_speed(
         compiling = time.perf_counter() - started
         found, expected = np.asarray(fast(x)), np.asarray(dense(params, x))
         if np.max(np.abs(found - expected)) > 1e-5 * np.max(np.abs(expected)):
-            raise ArithmeticError(f"{pruned.granularity} {pruned.level:g}%, batch {batch}: it differs")
+            raise ArithmeticError(
+                f"{pruned.granularity} {pruned.level:g}%, batch {batch}: it differs"
+            )
 
         def by_numpy(rows: np.ndarray = on_host) -> np.ndarray:
             for kernel in kernels[:-1]:
@@ -135,9 +137,7 @@ def measure_speed(
         if ask:
             for name in ("torch", "torch_csr"):
                 with tempfile.TemporaryDirectory() as folder:
-                    arrays: dict[str, Any] = {
-                        f"kernel_{i}": kernel for i, kernel in enumerate(kernels)
-                    }
+                    arrays: dict[str, Any] = {f"kernel_{i}": k for i, k in enumerate(kernels)}
                     np.savez(f"{folder}/network.npz", x=on_host, **arrays)
                     answer = ask("infer", path=f"{folder}/network.npz", csr=name == "torch_csr",
                                  calls=CALLS, limit=SECONDS)  # fmt: skip
@@ -147,8 +147,8 @@ def measure_speed(
         faster = min(("xla", "numpy"), key=lambda name: median(seconds[name]))
         report = fast.report(x)
         yield {
-            "granularity": pruned.granularity, "level": pruned.level, "seed": pruned.seed, "batch": batch,
-            "seconds": seconds, "than": faster,
+            "granularity": pruned.granularity, "level": pruned.level, "seed": pruned.seed,
+            "batch": batch, "seconds": seconds, "than": faster,
             "ratios": [a / b for a, b in zip(seconds[faster], seconds["ours"], strict=True)],
             "dense": weights, "kept": kept, "executed": report.multiply_adds // batch,
             "sparse": report.sparse, "products": report.products,
@@ -192,8 +192,8 @@ def measure_files(
         if values == "float32" and not all(map(np.array_equal, jax.tree.leaves(params), leaves)):
             raise ArithmeticError("the weights read back are others")
         yield {
-            "granularity": pruned.granularity, "level": pruned.level, "seed": pruned.seed, "values": values,
-            "bytes": path.stat().st_size, "saving": saving,
+            "granularity": pruned.granularity, "level": pruned.level, "seed": pruned.seed,
+            "values": values, "bytes": path.stat().st_size, "saving": saving,
             "loading": min(first, second), **others,
         }, params  # fmt: skip
 
@@ -316,8 +316,8 @@ def measure(
         )
     every: tuple[Values, ...] = ("float32", "codebook5") if quick else get_args(Values)
     images = loaded.test.x.reshape(len(loaded.test.x), -1)
-    classes = data.outputs_of(loaded)
-    _, apply = networks.mlp(images.shape[1], settings["hidden_sizes"], classes)
+    hidden = settings.get("hidden_sizes", ())  # none where `trained` raises
+    _, apply = networks.mlp(images.shape[1], hidden, data.outputs_of(loaded))
     load, rate, speed = os.getloadavg()[0], matmul(), []
     rates = [rate()]
     with torch_worker(python, {}) if python else contextlib.nullcontext() as ask:

@@ -67,6 +67,7 @@ def run(config: Config) -> None:
         ) from error
     task = tasks.resolve(config.task) if config.task else None
     loaded = data.load(config.dataset, data_dir=config.data_dir, context=config.context)
+    loaded = data.Data(*(data.Split(*(a[: config.examples] for a in split)) for split in loaded))
     example = networks.Example(loaded.train.x[:2], data.outputs_of(loaded))
     options = {"hidden_sizes": config.hidden_sizes} if config.network == "mlp" else {}
     network = networks.resolve(config.network)(example, **options)

@@ -10,30 +10,52 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxprune.config import Arm, Study
-    from jaxprune.criteria import criterion, magnitude, random, saliency
-    from jaxprune.distribution import counts, num_pruned
-    from jaxprune.evaluate import evaluate_levels
-    from jaxprune.granularity import unit, weight
-    from jaxprune.masks import apply_masks, masks_at, sparsity_of, unit_masks, weight_masks
-    from jaxprune.networks import linen, network, nnx
-    from jaxprune.report import write_report
-    from jaxprune.results import load_run
-    from jaxprune.sparse import compile_sparse, load_sparse, save_sparse
-    from jaxprune.structure import (
-        compact,
-        compaction,
-        dependency_graph,
-        group,
-        group_masks,
-        layers,
-        prunable,
-        remaining,
-    )
-    from jaxprune.study import prune_curve, run_sweep
-    from jaxprune.tasks import classification, own_loss, regression, tokens
-    from jaxprune.train import make_train
-    from jaxprune.types import Batch, Criterion, Granularity, Metric, Network, Problem, Task
+    from jaxprune.config import Arm as Arm
+    from jaxprune.config import Study as Study
+    from jaxprune.criteria import criterion as criterion
+    from jaxprune.criteria import magnitude as magnitude
+    from jaxprune.criteria import random as random
+    from jaxprune.criteria import saliency as saliency
+    from jaxprune.distribution import counts as counts
+    from jaxprune.distribution import num_pruned as num_pruned
+    from jaxprune.evaluate import evaluate_levels as evaluate_levels
+    from jaxprune.granularity import unit as unit
+    from jaxprune.granularity import weight as weight
+    from jaxprune.masks import apply_masks as apply_masks
+    from jaxprune.masks import masks_at as masks_at
+    from jaxprune.masks import sparsity_of as sparsity_of
+    from jaxprune.masks import unit_masks as unit_masks
+    from jaxprune.masks import weight_masks as weight_masks
+    from jaxprune.networks import linen as linen
+    from jaxprune.networks import network as network
+    from jaxprune.networks import nnx as nnx
+    from jaxprune.report import write_report as write_report
+    from jaxprune.results import load_run as load_run
+    from jaxprune.sparse import compile_sparse as compile_sparse
+    from jaxprune.sparse import load_sparse as load_sparse
+    from jaxprune.sparse import save_sparse as save_sparse
+    from jaxprune.structure import compact as compact
+    from jaxprune.structure import compaction as compaction
+    from jaxprune.structure import dependency_graph as dependency_graph
+    from jaxprune.structure import group as group
+    from jaxprune.structure import group_masks as group_masks
+    from jaxprune.structure import layers as layers
+    from jaxprune.structure import prunable as prunable
+    from jaxprune.structure import remaining as remaining
+    from jaxprune.study import prune_curve as prune_curve
+    from jaxprune.study import run_sweep as run_sweep
+    from jaxprune.tasks import classification as classification
+    from jaxprune.tasks import own_loss as own_loss
+    from jaxprune.tasks import regression as regression
+    from jaxprune.tasks import tokens as tokens
+    from jaxprune.train import make_train as make_train
+    from jaxprune.types import Batch as Batch
+    from jaxprune.types import Criterion as Criterion
+    from jaxprune.types import Granularity as Granularity
+    from jaxprune.types import Metric as Metric
+    from jaxprune.types import Network as Network
+    from jaxprune.types import Problem as Problem
+    from jaxprune.types import Task as Task
 
 __version__ = "0.1.0"
 

@@ -136,6 +136,9 @@ class Config(Study):
     data_dir: Path | None = None
     """Folder that holds the four idx files (.gz or not) of fashion_mnist or mnist."""
 
+    examples: int | None = None
+    """Take only the first so many training examples, and at most as many to validate and test."""
+
     context: int = 128
     """Tokens in a window of a text."""
 
@@ -152,12 +155,14 @@ class Config(Study):
     """Adam's step size."""
 
     run_dir: Path | None = None
-    """Folder of the run; given again, it goes on there. Default: runs/<dataset>[-<network>]-<preset>."""
+    """Folder of the run; given again, it goes on there. Default: runs/<dataset>-<preset>."""
 
     def __post_init__(self) -> None:
         """Check every value; see `Study`."""
         super().__post_init__()
         check_at_least(2, context=self.context)
+        if self.examples is not None:
+            check_at_least(2, examples=self.examples)
         if not self.hidden_sizes or min(self.hidden_sizes) < 1:
             sizes = list(self.hidden_sizes)
             raise ValueError(f"hidden_sizes must be sizes of at least 1, got {sizes}")

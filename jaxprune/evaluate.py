@@ -116,6 +116,11 @@ def evaluate_levels(
     task = tasks.default_task(data.test.y) if task is None else task
     one_params, one_state = jax.eval_shape(lambda levels: _at(levels, 0), (params, state))
     check_data(network, one_params, one_state, data, task, splits=("val", "test"))
+    for leaf in jax.tree.leaves(reference):
+        if len(leaf) != len(data.test.y):
+            raise ValueError(
+                f"reference has {len(leaf)} predictions, and test {len(data.test.y)} examples"
+            )
     if isinstance(network, Network):
         network = network._replace(prunable=None)  # a tree, maybe, which cannot be hashed
     score = partial(_score, network=network, task=task, batch_size=int(batch_size))
@@ -161,6 +166,12 @@ def check_data(
             raise ValueError(
                 f"the network cannot take {name} x, {x.dtype} {x.shape}: {tasks.reason(error)}"
             ) from error
+        lengths = [leaf.shape[:1] for leaf in jax.tree.leaves(outputs)]
+        if lengths != [(len(x[:2]),)] * len(lengths):
+            raise ValueError(
+                f"outputs must have a leading axis of examples, of {len(x[:2])} for a batch of so "
+                f"many; {tasks.shapes(outputs, y)}"
+            )
         try:
             task.check(outputs, np.asarray(y))
         except ValueError as error:

@@ -176,24 +176,26 @@ def replicated(leaf: Any) -> Array:
     There an array cannot be reshaped or sorted along an axis that is sharded.
     """
     leaf = jnp.asarray(leaf)
-    mesh = _explicit_mesh(leaf)
-    return (
-        leaf if mesh is None else jax.sharding.reshard(leaf, NamedSharding(mesh, PartitionSpec()))
-    )
+    found = _explicit(leaf)
+    if found is None:
+        return leaf
+    return jax.sharding.reshard(leaf, NamedSharding(found.mesh, PartitionSpec()))
 
 
 def sharded_like(leaf: Any, mask: Array) -> Array:
     """Return masks of a leaf, (*levels, *shape), sharded as the leaf if by an explicit mesh."""
-    if _explicit_mesh(leaf) is None:
+    found = _explicit(leaf)
+    if found is None:
         return mask
     levels = [None] * (mask.ndim - np.ndim(leaf))
-    of_leaf: Any = jax.typeof(leaf).sharding if isinstance(leaf, Tracer) else leaf.sharding
-    sharding = NamedSharding(of_leaf.mesh, PartitionSpec(*levels, *of_leaf.spec))
+    sharding = NamedSharding(found.mesh, PartitionSpec(*levels, *found.spec))
     return (jax.sharding.reshard if isinstance(leaf, Tracer) else jax.device_put)(mask, sharding)
 
 
-def _explicit_mesh(leaf: Any) -> Any:
-    sharding: Any = jax.typeof(leaf).sharding if isinstance(leaf, jax.Array) else None
-    if not isinstance(sharding, NamedSharding):
+def _explicit(leaf: Any) -> Any:
+    """Return how an explicit mesh shards a leaf, or None."""
+    if not isinstance(leaf, jax.Array):
         return None
-    return sharding.mesh if AxisType.Explicit in sharding.mesh.axis_types else None
+    found: Any = jax.typeof(leaf).sharding if isinstance(leaf, Tracer) else leaf.sharding
+    named = isinstance(found, NamedSharding) and AxisType.Explicit in found.mesh.axis_types
+    return found if named else None

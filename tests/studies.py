@@ -15,7 +15,7 @@ FEATURES, HIDDEN, CLASSES = 8, (16, 12), 3
 LEVELS = (0.0, 50.0, 90.0)
 # Epochs 1 and 2 are dense, 3 and 4 prune, 5 is masked; of 9 steps.
 STUDY = Study(levels=LEVELS, epochs=5, batch_size=32)
-ADAM = optax.adam(1e-2)
+ADAM: optax.GradientTransformation = optax.adam(1e-2)
 
 
 def arm(protocol, granularity, criterion="magnitude", scope="layer"):

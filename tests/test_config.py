@@ -79,7 +79,9 @@ def test_the_place_of_a_data_set_is_no_setting(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "change",
     [
-        {"dataset": "mnist"}, {"learning_rate": 2e-3}, {"hidden_sizes": (10,)},
+        {"dataset": "mnist"},
+        {"learning_rate": 2e-3},
+        {"hidden_sizes": (10,)},
         {"network": "convnet"},
     ],
 )

@@ -198,6 +198,8 @@ def test_churn_is_against_the_given_predictions(scored):
     found, same = evaluate_levels(NETWORK, params, masks, data, state=state, reference=given)
     assert same is given
     np.testing.assert_allclose(found["churn"][0], 0.25, rtol=1e-6)
+    with pytest.raises(ValueError, match="reference has 55 predictions, and test 56 examples"):
+        evaluate_levels(NETWORK, params, masks, data, state=state, reference=given[1:])
 
 
 def test_a_layer_pruned_whole_predicts_the_first_class(scored):
@@ -282,7 +284,12 @@ def test_data_that_does_not_fit(name, change, message):
     with pytest.raises(ValueError, match=message) as error:
         check_data(PLAIN, SHAPES, {}, data, task)
     assert "\n" not in str(error.value)
-    if name == "train":  # which is not read here
-        return
-    with pytest.raises(ValueError, match=message):
-        evaluate_levels(apply, params, masks, data, task=task)
+    if name != "train":  # which is not read here
+        with pytest.raises(ValueError, match=message):
+            evaluate_levels(apply, params, masks, data, task=task)
+
+
+def test_outputs_without_an_axis_of_examples():
+    data, network = make_data(), networks.as_network(lambda params, x: (x.sum(axis=0), x))
+    with pytest.raises(ValueError, match=r"of 2 for .* \(\(6,\), \(2, 6\)\) and targets int32"):
+        check_data(network, {}, {}, data, tasks.own_loss(lambda z, y: z), splits=["val"])

@@ -1,5 +1,6 @@
 """The experiment on inference: that it runs and checks what it measures; nothing about time."""
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -7,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import figures, inference_speed, readme
-from jaxprune import load_run, models
+from experiments import benchmark, figures, inference_speed, results_page
+from jaxprune import Study, load_run, networks
 from jaxprune.data import Data, Split
 from jaxprune.figures.costs import crossover
 from jaxprune.study import run_sweep
@@ -24,12 +25,12 @@ def small(fashion_mnist: Data) -> Data:
 
 
 @pytest.fixture(scope="module")
-def run_dir(small: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_dir(small: Data, compiled_once: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of a small network."""
     folder = tmp_path_factory.mktemp("runs") / "small"
-    init, apply = models.mlp(784, (64, 100), 10)
     settings = {"dataset": "fashion_mnist", "hidden_sizes": [64, 100]}
-    run_sweep(init, apply, small, levels=LEVELS, run_dir=folder, settings=settings)
+    network = networks.network(*networks.mlp(784, (64, 100), 10))
+    run_sweep(network, small, Study(levels=LEVELS), run_dir=folder, settings=settings)
     return folder
 
 
@@ -39,43 +40,56 @@ def test_all_is_measured_and_drawn(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(inference_speed.data, "load", lambda name: small)
     monkeypatch.setattr(inference_speed, "CALLS", 5)
-    monkeypatch.setattr(inference_speed, "QUICK_LEVELS", (0, 80, 98))
+    monkeypatch.setattr(inference_speed, "matmul", lambda: benchmark.matmul(50))
+    monkeypatch.setattr(inference_speed, "QUICK_LEVELS", (0, 98))
     out = tmp_path / "inference.json"
     inference_speed.main([str(run_dir), "--preset", "quick", "--out", str(out)])
     printed = capsys.readouterr().out
     assert "weight 98%" in printed and "codebook5" in printed and "energy" in printed
     assert "GFLOP/s kept" in printed and "crossover, 3% faster at batch 256: " in printed
     found = json.loads(out.read_text())
-    assert [(row["method"], row["level"], row["batch"]) for row in found["speed"]] == [
-        (method, level, batch) for method in ("weight", "unit")
-        for level in (0, 80, 98) for batch in (1, 256)
+    assert [(row["granularity"], row["level"], row["batch"]) for row in found["speed"]] == [
+        (granularity, level, batch) for granularity in ("weight", "unit")
+        for level in (0, 98) for batch in (1, 256)
     ]  # fmt: skip
     sizes = 784 * 64 + 64 * 100 + 100 * 10
     for row in found["speed"]:
         assert row["dense"] == sizes and row["executed"] <= row["dense"]
         assert len(row["seconds"]["ours"]) == 7 and min(row["ratios"]) > 0
-        if row["method"] == "weight":  # all but the logits
+        if row["granularity"] == "weight":  # all but the logits
             assert row["kept"] <= sizes - row["level"] / 100 * (sizes - 1000) + 2
     for row in found["files"]:
         assert row["bytes"] < row["dense"] == 4 * sizes
         assert 0 < row["accuracy"] < 1
         if row["values"] == "float32" and row["level"] >= 50:
             assert row["bytes"] < min(row["csr"], row["npz"], row["gzip"])
-    for table in (readme.inference_table, readme.others_table, readme.files_table):
-        lines = table(found).splitlines()
-        assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
-    paths = figures.redraw(run_dir, tmp_path)
-    assert {"inference-speed.png", "file-sizes.svg"} <= {path.name for path in paths}
+    for section in (results_page.inference_section, results_page.files_section):
+        for table in section(found, {}).tables:
+            assert {len(line) for line in table.lines} == {len(table.columns)}
+    assert set(figures.draw_costs({"inference": found})) == {"inference-speed", "file-sizes"}
 
 
 def test_a_network_that_differs_stops_the_run(
     small: Data, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pruned = next(inference_speed.networks(load_run(run_dir), [0], [80.0]))
-    _, apply = models.mlp(784, (64, 100), 10)
+    pruned = next(inference_speed.trained(load_run(run_dir), [0], [80.0]))
+    _, apply = networks.mlp(784, (64, 100), 10)
+    images = small.test.x.reshape(-1, 784)
     monkeypatch.setattr(inference_speed, "compile_sparse", lambda *_: lambda x: np.ones((1, 10)))
     with pytest.raises(ArithmeticError, match="weight 80%, batch 1: it differs"):
-        next(inference_speed.measure_speed(pruned, apply, small.test.x, None, [1]))
+        next(inference_speed.measure_speed(pruned, apply, images, None, [1]))
+
+
+def test_a_run_of_other_networks_or_arms(run_dir: Path) -> None:
+    run = load_run(run_dir)
+    assert [p.granularity for p in inference_speed.trained(run, [0], [98])] == ["weight", "unit"]
+    for change in (
+        {"settings": {**run.config["settings"], "network": "resnet20"}},
+        {"arms": [arm for arm in run.config["arms"] if arm["protocol"] == "one_shot"]},
+    ):
+        other = dataclasses.replace(run, config={**run.config, **change})
+        with pytest.raises(ValueError, match="small has no mlp trained with the masks of magnit"):
+            next(inference_speed.trained(other, [0], [98]))
 
 
 def test_levels_that_the_run_does_not_have_are_named(
@@ -115,14 +129,15 @@ def test_energy_is_measured_of_ours_and_dense_or_not_at_all(
 ) -> None:
     monkeypatch.setattr(inference_speed, "RAPL", tmp_path)
     monkeypatch.setattr(inference_speed, "SECONDS", 0)
-    pruned = next(inference_speed.networks(load_run(run_dir), [0], [80.0]))
-    _, apply = models.mlp(784, (64, 100), 10)
-    assert inference_speed.measure_energy(pruned, apply, small.test.x) is None  # no files
+    pruned = next(inference_speed.trained(load_run(run_dir), [0], [80.0]))
+    _, apply = networks.mlp(784, (64, 100), 10)
+    images = small.test.x.reshape(-1, 784)
+    assert inference_speed.measure_energy(pruned, apply, images) is None  # no files
     (tmp_path / "energy_uj").write_text("7\n")  # it stands still
-    assert inference_speed.measure_energy(pruned, apply, small.test.x) is None
+    assert inference_speed.measure_energy(pruned, apply, images) is None
     ticks = itertools.count()
     monkeypatch.setattr(inference_speed, "rapl", lambda _: next(ticks))
-    found = inference_speed.measure_energy(pruned, apply, small.test.x)
+    found = inference_speed.measure_energy(pruned, apply, images)
     assert found == {"level": 80.0, "ours": 1e-6, "dense": 1e-6}
 
 

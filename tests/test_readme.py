@@ -1,4 +1,4 @@
-"""README: every block of Python runs, and every number in its table is that of the committed data."""
+"""README: every block of Python runs, and every number is that of the committed data."""
 
 import json
 import re

@@ -137,19 +137,20 @@ def test_a_finished_run_trains_nothing_and_says_so(full):
 
 def test_arms_and_levels_are_added_to_a_finished_run(full, tmp_path):
     _, expected = full
-    folder = tmp_path / "run"
-    first = sweep(folder, levels=(0.0, 90.0), granularities=("weight",), protocols=("trained",))
-    more = sweep(folder, levels=(0.0, 90.0, 50.0))
-    assert_same_rows(more, pick(expected, seed=0))
-    before = {row for row in map(repr, first)}
-    assert before <= {row for row in map(repr, more)}  # times and all: not computed again
+    folder, added = tmp_path / "run", (0.0, 25.0, 75.0)
+    first = sweep(folder, granularities=("weight",), protocols=("trained",))
+    assert_same_rows(first, pick(expected, seed=0, granularity="weight", protocol="trained"))
+    more = sweep(folder, levels=added)
+    others = [row for row in sweep(levels=added) if row.target_sparsity]
+    assert_same_rows(more, [*pick(expected, seed=0), *others])
+    assert set(map(repr, first)) <= set(map(repr, more))  # times and all: not computed again
     run = jp.load_run(folder)
-    assert run.config["levels"] == [[0.0, 90.0], [50.0]]
-    for of, level in itertools.product(run.arms, (0.0, 50.0, 90.0)):
+    assert run.config["levels"] == [[0.0, 50.0, 90.0], [25.0, 75.0]]
+    for of, level in itertools.product(run.arms, (0.0, 50.0, 90.0, 25.0, 75.0)):
         masks = run.network(of, 0, level).masks
         [row] = [r for r in more if (r.arm, r.epoch, r.target_sparsity) == (of, 5, level / 100)]
         assert jp.sparsity_of(masks, prunable=lambda path, _: "hidden" in path) == row.sparsity
-    assert sweep(folder, levels=(0.0, 50.0, 90.0)) == more
+    assert sweep(folder, levels=(0.0, 90.0, 25.0)) == more
 
 
 def test_checkpoints_are_thinned_out(full):
@@ -238,7 +239,7 @@ MINUS = named(lambda params: jax.tree.map(lambda w: -jnp.abs(w), params), "by_sq
             {"network": networks.network(lambda k: jax.tree.map(lambda w: 2 * w, init(k)), apply)},
             ["network, loss"],
         ),
-        ({"task": jp.own_loss(lambda z, y: jnp.sum(z**2, axis=1) + 0.0 * y)}, ["task"]),
+        ({"task": jp.own_loss(lambda outputs, y: jnp.sum(outputs**2, axis=1))}, ["task"]),
         ({"criteria": (MINUS,)}, ["the code of criterion by_square"]),
         ({"criteria": (MINUS,), "seeds": 2}, ["the code of criterion by_square"]),
     ],

@@ -22,6 +22,7 @@ INPUTS = {
     "infinite": lambda rng, n: rng.choice([-np.inf, -1, 0, np.inf], n),
     "rising": lambda rng, n: np.arange(n) - n // 2,
     "falling": lambda rng, n: n // 2 - np.arange(n),
+    "not a number": lambda rng, n: np.where(rng.random(n) < 0.1, np.nan, rng.normal(size=n)),
     # Elements that differ in their last bits only, so that levels share all digits but the last.
     "close": lambda rng, n: 1 + rng.integers(0, 9, n) * np.float32(2**-23),
 }
@@ -41,8 +42,9 @@ def counts_of(n):
 
 
 def reference(scores, counts):
-    """Prune the first `counts` of a stable sort."""
-    order = np.argsort(np.asarray(scores, np.float64), kind="stable")
+    """Prune the first `counts` of a stable sort, NaN before all others."""
+    scores = np.asarray(scores, np.float64)
+    order = np.lexsort((np.arange(scores.size), scores, ~np.isnan(scores)))
     keep = np.ones((len(counts), len(scores)), bool)
     for row, count in zip(keep, counts, strict=True):
         row[order[:count]] = False
@@ -67,6 +69,7 @@ def check(keep, scores, counts):
         ([-1.0, 1.0, -2.0, 0.0], [2, 0, 3, 1]),
         ([np.inf, -np.inf, 3e38, -3e38], [1, 3, 2, 0]),
         ([5.0], [0]),
+        ([1.0, np.nan, -np.inf, -np.nan], [1, 3, 2, 0]),
     ],
 )
 def test_by_hand(scores, pruned):
@@ -89,7 +92,7 @@ def test_agrees_with_a_stable_sort(kind, size):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_narrow_types(dtype, size):
     counts = counts_of(size)
-    for kind in ("normal", "denormal", "zero of both signs", "all magnitudes"):
+    for kind in ("normal", "denormal", "zero of both signs", "all magnitudes", "not a number"):
         scores = scores_of(kind, size, dtype)
         check(keep_largest(jnp.asarray(scores), jnp.asarray(counts)), scores, counts)
 

@@ -10,10 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from compare import check_compact, derivative, masked_by_hand
+from compare import check_compact, derivative, masked_by_hand, quietly
 
-from jaxprune.masks import apply_masks
-from jaxprune.structure import compact, compaction, dependency_graph, group_masks
+from jaxprune import distribution
+from jaxprune.granularity import unit
+from jaxprune.masks import apply_masks, masks_at
+from jaxprune.structure import (
+    compact,
+    compaction,
+    dependency_graph,
+    group,
+    group_masks,
+    layers,
+    prunable,
+    remaining,
+)
 
 
 class Case(NamedTuple):
@@ -228,6 +239,8 @@ def test_compact_equals_masked(name: str) -> None:
     masks = group_masks(graph, case.params, 0.5)
     plan = compaction(case.apply, case.params, masks, inputs(case, 3))
     assert sum(leaf.size for leaf in jax.tree.leaves(plan.params)) == case.left
+    shapes = jax.eval_shape(lambda params: params, case.params)
+    assert remaining(case.apply, shapes, inputs(case, 3))(masks) == case.left
     masked = derivative(case.apply)
     check_compact(masked, case.params, masks, plan, [inputs(case, 3), inputs(case, 2)], 1e-5)
     restored = plan.expand(plan.params)
@@ -418,6 +431,77 @@ def test_scores_of_units_by_hand() -> None:
     ]  # fmt: skip
 
 
+def chain() -> tuple[Any, Any, Any]:
+    """A network like the challenge's, scaled down: dense layers without biases."""
+    names = ["hidden_0", "hidden_1", "hidden_2", "logits"]
+
+    def apply(params: Any, x: Any) -> Any:
+        for name in names[:-1]:
+            x = jax.nn.relu(x @ params[name]["kernel"])
+        return x @ params["logits"]["kernel"]
+
+    sizes = [49, 40, 30, 20, 10]
+    shapes = zip(sizes[:-1], sizes[1:], strict=True)
+    params = draw({name: {"kernel": s} for name, s in zip(names, shapes, strict=True)})
+    return apply, params, jnp.ones((2, 49))
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_groups_of_a_chain_are_its_units(scope: str) -> None:
+    apply, params, x = chain()
+    chosen = prunable(apply, params, x)
+    kinds = unit(chosen, layers(apply, params, x)), group(dependency_graph(apply, params, x))
+    found = []
+    for granularity in kinds:
+        counts = distribution.counts(
+            params, [0, 0.3, 0.5, 0.9, 1], granularity=granularity, scope=scope
+        )
+
+        def pruned(scores: Any, counts: Any, granularity: Any = granularity) -> Any:
+            kept = masks_at(scores, counts, granularity=granularity)
+            other = jax.tree.map(lambda w: w[::-1, ::-1], scores)
+            second = jax.tree.map(lambda mask: mask[2], kept)
+            return kept, masks_at(other, counts, granularity=granularity, within=second)
+
+        f = jax.jit(pruned)
+        tied = jax.tree.map(jnp.round, params)
+        found.append([f(params, counts), f(tied, counts)])
+    jax.tree.map(np.testing.assert_array_equal, *found)
+
+
+@pytest.mark.parametrize("name", ["norm_mlp", "attention", "dense_block", "sigmoid"])
+def test_the_granularity_of_groups_is_that_of_their_masks(name: str) -> None:
+    case = CASES[name]()
+    graph = dependency_graph(case.apply, case.params, inputs(case, 2))
+    expected = group_masks(graph, case.params, [0.25, 0.5])
+    granularity = group(graph)
+    counts = distribution.counts(case.params, [0.25, 0.5], granularity=granularity)
+    assert granularity.name == "unit"
+    assert list(counts) == [g.name for g in graph.groups if g.prunable and g.within is None]
+    found = jax.jit(partial(masks_at, granularity=granularity))(case.params, counts)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    cost = granularity.cost(jax.eval_shape(lambda params: params, case.params))
+    whole = sum(int(np.sum(weights)) for weights in cost.values())
+    all_units = jax.tree.map(lambda c: np.full(1, c.size), cost)
+    lost = masks_at(case.params, all_units, granularity=granularity)
+    masked = sum(int(np.sum(~m)) for m in jax.tree.leaves(lost))
+    assert masked == whole if name == "sigmoid" else 0 < masked <= whole  # groups meet in leaves
+
+
+def test_groups_of_which_a_producing_leaf_may_not_be_pruned() -> None:
+    case = branches()  # whose units are made by two leaves
+    graph = dependency_graph(case.apply, case.params, inputs(case, 2))
+    flags = jax.tree.map(lambda _: True, case.params)
+    assert list(group(graph, flags).rank(case.params)) == ["a"]
+    for chosen in (flags | {"b": False}, lambda path, leaf: path != "a"):
+        granularity = group(graph, chosen)
+        assert not granularity.rank(case.params) and not granularity.cost(case.params)
+        assert all(m.all() for m in jax.tree.leaves(granularity.spread({}, case.params)))
+    assert list(group(graph, flags | {"logits": False}).rank(case.params)) == ["a"]
+    with pytest.raises(ValueError, match="leaf 'c' has shape .* made of another tree"):
+        group(graph).rank(case.params | {"c": jnp.ones(2)})
+
+
 def test_round_to_and_global_ranking() -> None:
     def apply(params: Any, x: Any) -> Any:
         return jnp.tanh(jnp.tanh(x @ params["a"]) @ params["b"]) @ params["c"]
@@ -433,6 +517,8 @@ def test_round_to_and_global_ranking() -> None:
         group_masks(graph, params, 0.5, round_to=0)
     with pytest.raises(ValueError, match="scope must be one of group, global, got 'layer'"):
         group_masks(graph, params, 0.5, scope="layer")
+    with pytest.raises(ValueError, match="scores of leaf 'b' contain NaN or infinite"):
+        group_masks(graph, params, 0.5, scores=params | {"b": params["b"] * jnp.nan})
     with pytest.raises(ValueError, match="leaf 'a' has shape .* made of another tree"):
         group_masks(graph, {"a": params["b"], "b": params["b"], "c": params["c"]}, 0.5)
 
@@ -452,6 +538,7 @@ def test_dead_units_cascade() -> None:
     masks["c"][3, :3] = False
     plan = compaction(apply, params, masks, jnp.ones((2, 3)))
     assert {name: plan.widths[name] for name in "abc"} == {"a": (4, 3), "b": (4, 2), "c": (4, 3)}
+    assert remaining(apply, params, jnp.ones((2, 3)))(masks) == 3 * 3 + 3 * 2 + 2 * 3 + 3 * 2
     x = normal(5, 3)
     check_values(apply, params, masks, plan, x)
 
@@ -500,6 +587,31 @@ def test_all_units_of_a_group_pruned() -> None:
         small, small_apply = compact(apply, params, group_masks(graph, params, 1), jnp.ones((2, 5)))
     assert small["hidden"].shape == (5, 1)
     np.testing.assert_array_equal(small_apply(small, jnp.ones((2, 5))), jnp.zeros((2, 3)))
+
+
+@pytest.mark.parametrize("name", ["residual", "tokens", "scanned", "sigmoid"])
+def test_what_remains_is_what_compaction_keeps(name: str) -> None:
+    case = CASES[name]()
+    count = remaining(case.apply, case.params, inputs(case, 2))
+    rng = np.random.default_rng(0)
+    for density in (0.9, 0.5, 0.1, 0.0):
+        masks = jax.tree.map(lambda w, d=density: rng.random(w.shape) < d, case.params)
+        plan = quietly(compaction, case.apply, case.params, masks, inputs(case, 2), fold=False)
+        assert count(masks) == sum(int(m.sum()) for m in jax.tree.leaves(plan.masks))
+
+
+def test_what_remains_of_some_leaves_and_of_bad_masks() -> None:
+    case = mlp()
+    masks = {"hidden": np.ones((5, 8), bool), "logits": np.ones((8, 3), bool)}
+    masks["hidden"][:, 0] = masks["logits"][1] = False
+    x = jax.ShapeDtypeStruct((2, 5), jnp.float32)
+    assert remaining(case.apply, case.params, x)(masks) == 5 * 6 + 6 * 3
+    count = remaining(case.apply, case.params, x, counted=lambda path: path == "hidden")
+    assert count(jax.tree.map(jnp.asarray, masks)) == 5 * 6
+    with pytest.raises(ValueError, match="masks has no leaf 'logits', which params has"):
+        count({"hidden": masks["hidden"]})
+    with pytest.raises(TypeError, match="mask 'hidden' has no values: compact outside of jit"):
+        jax.jit(count)(masks)
 
 
 def test_compact_network_is_traced_anew_for_new_shapes() -> None:
@@ -797,4 +909,4 @@ def test_nothing_to_prune() -> None:
     params, x = draw({"w": (5, 3)}), normal(2, 5)
     graph = dependency_graph(lambda p, x: x @ p["w"], params, x)
     with pytest.warns(UserWarning, match="no group of the graph can be pruned: print it"):
-        group_masks(graph, params, 0.5)
+        assert group_masks(graph, params, [0.5, 0.9])["w"].shape == (2, 5, 3)

@@ -142,7 +142,7 @@ def case(request):
 
 
 def measure(task, val, test, reference=None, cuts=(), filler=None):
-    """Measure as `evaluate` does; `filler` is put into outputs of padding, which is added."""
+    """Measure as `evaluate` does; padding is added, of outputs and float targets `filler`."""
 
     def padded(outputs, targets):
         weight = np.ones(len(targets), np.int32)
@@ -150,7 +150,9 @@ def measure(task, val, test, reference=None, cuts=(), filler=None):
             return outputs, targets, weight
         more = [(0, 3)] + [(0, 0)] * (outputs.ndim - 1)
         outputs = np.pad(outputs, more, constant_values=filler)
-        return outputs, np.pad(targets, more[: targets.ndim]), np.pad(weight, (0, 3))
+        label = 1 if np.issubdtype(targets.dtype, np.integer) else filler
+        targets = np.pad(targets, more[: targets.ndim], constant_values=label)
+        return outputs, targets, np.pad(weight, (0, 3))
 
     fitted = task.fit and jit(task.fit)(*padded(*val))
 

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxprune import trees
 
@@ -34,32 +35,31 @@ def test_paths_and_leaves(tree, paths):
 
 
 @pytest.mark.parametrize(
-    ("path", "shape", "expected"),
+    ("leaf", "expected"),
     [
-        ("hidden_0/kernel", (2, 3), True),
-        ("conv/kernel", (3, 3, 1, 8), True),
-        ("hidden_0/bias", (3,), False),
-        ("scale", (), False),
-        ("logits/kernel", (2, 3), False),
-        ("params/logits/kernel", (2, 3), False),
-        ("logits", (2, 3), False),
-        ("my_logits/kernel", (2, 3), True),
-        ("logits_2/kernel", (2, 3), True),
-        ("", (2, 3), True),
+        (np.ones((2, 3), np.float32), True),
+        (np.ones((3, 3, 1, 8), jnp.bfloat16), True),
+        (np.ones((2, 3)), True),
+        (np.ones(3, np.float32), False),
+        (np.float32(1), False),
+        (1.5, False),
+        (np.ones((0, 2), np.float32), False),
+        (np.ones((2, 2), np.int32), False),
+        (np.ones((2, 2), bool), False),
+        (np.ones((2, 2), np.complex64), False),
+        (jax.random.split(jax.random.key(0), (2, 2)), False),
     ],
 )
-def test_default_prunable(path, shape, expected):
-    assert trees.default_prunable(path, np.ones(shape)) is expected
-    assert trees.default_prunable(path, jax.ShapeDtypeStruct(shape, jnp.float32)) is expected
-    traced = []
-    jax.jit(lambda leaf: traced.append(trees.default_prunable(path, leaf)))(jnp.ones(shape))
-    assert traced == [expected]
+def test_prunable_leaves_by_default(leaf, expected):
+    tree = {"leaf": leaf, "other": np.ones(2, np.float32)}
+    assert trees.prunable_leaves(tree) == [expected, False]
+    if isinstance(leaf, np.ndarray):
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+        assert trees.prunable_leaves(shapes) == [expected, False]
 
 
-def test_prunable_leaves_by_default():
-    assert trees.prunable_leaves(PARAMS) == [False, True, False]
-    masks = jax.tree.map(lambda w: w > 0, PARAMS)
-    assert trees.prunable_leaves(masks) == [False, True, False]
+def test_prunable_leaves_of_masks_and_of_nothing():
+    assert trees.prunable_leaves(jax.tree.map(lambda w: w > 0, PARAMS)) == [False, True, True]
     assert trees.prunable_leaves({}) == []
 
 
@@ -76,18 +76,55 @@ def test_prunable_leaves_by_a_predicate():
     assert trees.prunable_leaves([], everything) == []
 
 
-@pytest.mark.parametrize("tree", [{"dense": {"kernel": np.ones((2, 3))}}, [np.ones(3)], np.ones(2)])
-def test_output_layer_must_be_known(tree):
-    with pytest.raises(ValueError, match="no layer is named `logits`.*pass prunable="):
-        trees.prunable_leaves(tree)
-    trees.prunable_leaves(tree, everything)
+class Callable(nnx.Pytree):
+    """A container that can be called, as an Equinox module can."""
+
+    def __init__(self, kernel, bias):
+        self.kernel, self.bias = nnx.data(kernel), nnx.data(bias)
+
+    def __call__(self, x):
+        raise AssertionError
+
+
+def test_prunable_leaves_by_a_tree():
+    flags = {"hidden_0": {"kernel": False, "bias": np.True_}, "logits": {"kernel": jnp.array(True)}}
+    assert trees.prunable_leaves(PARAMS, flags) == [True, False, True]
+    module = Callable(np.ones((2, 3), np.float32), np.ones(3, np.float32))
+    assert trees.prunable_leaves(module, Callable(True, False)) == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "message"),
+    [
+        ({"logits": {"kernel": True}}, ValueError, "prunable has no leaf 'hidden_0/bias', which"),
+        (
+            {"hidden_0": {"kernel": True, "bias": False}, "logits": {"kernel": True}, "x": True},
+            ValueError, "the tree has no leaf 'x', which prunable has",
+        ),
+        (
+            {"hidden_0": {"kernel": True, "bias": [False]}, "logits": {"kernel": True}},
+            ValueError, "prunable has no leaf 'hidden_0/bias'",
+        ),
+        (
+            {"hidden_0": {"kernel": np.ones((2, 3), bool), "bias": False},
+             "logits": {"kernel": True}},
+            ValueError, r"leaf 'hidden_0/kernel' has shape \(2, 3\) in prunable and \(\)",
+        ),
+        (
+            {"hidden_0": {"kernel": 1, "bias": False}, "logits": {"kernel": True}},
+            TypeError, "prunable must have a bool at 'hidden_0/kernel', got 1",
+        ),
+    ],
+)  # fmt: skip
+def test_a_tree_of_another_shape_names_the_leaf(flags, error, message):
+    with pytest.raises(error, match=message):
+        trees.prunable_leaves(PARAMS, flags)
 
 
 @pytest.mark.parametrize(
     ("leaf", "error", "message"),
     [
         (np.ones((2, 2), np.int32), TypeError, "leaf 'odd/leaf' is of int32 and cannot be pruned"),
-        (np.ones((2, 2), np.uint8), TypeError, "leaf 'odd/leaf' is of uint8"),
         (np.ones((2, 2), np.complex64), TypeError, "leaf 'odd/leaf' is of complex64"),
         (jax.random.split(jax.random.key(0), (2, 2)), TypeError, "leaf 'odd/leaf' is of key<fry>"),
         (1.5, TypeError, "leaf 'odd/leaf' is of float and cannot"),
@@ -95,19 +132,11 @@ def test_output_layer_must_be_known(tree):
     ],
 )
 def test_unusable_leaf_is_refused_where_selected(leaf, error, message):
-    tree = {"odd": {"leaf": leaf}, "logits": np.ones((2, 2), np.float32)}
-    with pytest.raises(error, match=message + ".*leave it out by `prunable`"):
-        trees.prunable_leaves(tree, everything)
-    assert trees.prunable_leaves(tree, lambda path, leaf: path == "logits") == [True, False]
-    if np.ndim(leaf) == 2:  # the default predicate selects it too
-        with pytest.raises(error, match=message):
-            trees.prunable_leaves(tree)
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "bool"])
-def test_usable_dtypes(dtype):
-    leaf = np.ones((2, 2), jnp.dtype(dtype))
-    assert trees.prunable_leaves({"a": leaf, "logits": leaf}) == [True, False]
+    tree = {"odd": {"leaf": leaf}, "dense": np.ones((2, 2), np.float32)}
+    for chosen in (everything, {"odd": {"leaf": True}, "dense": True}):
+        with pytest.raises(error, match=message + ".*leave it out by `prunable`"):
+            trees.prunable_leaves(tree, chosen)
+    assert trees.prunable_leaves(tree, lambda path, leaf: path == "dense") == [True, False]
 
 
 def test_check_match_accepts_the_same_leaves():
@@ -168,3 +197,13 @@ def test_map_levels_is_narrow_on_a_cpu():
         text = program.lower(jnp.ones((3, 2, 2))).as_text()
         shapes.append("batching_dims" in text)
     assert shapes == [False, True]
+
+
+def test_unstack_and_stack():
+    tree = {"a": np.arange(6).reshape(3, 2), "b": [np.arange(3)]}
+    levels = trees.unstack(tree)
+    assert [level["a"].tolist() for level in levels] == [[0, 1], [2, 3], [4, 5]]
+    assert [int(level["b"][0]) for level in levels] == [0, 1, 2]
+    jax.tree.map(np.testing.assert_array_equal, trees.stack(levels), tree)
+    with pytest.raises(ValueError, match="unpack"):
+        trees.unstack({"a": np.zeros(2), "b": np.zeros(3)})

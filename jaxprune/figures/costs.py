@@ -120,7 +120,7 @@ def file_sizes(rows: Sequence[Mapping[str, Any]], *, note: str = "") -> Figure:
     fig, ((left, right),) = panels(1, 2, height=4.1)
     levels = sorted({row["level"] for row in rows})
 
-    def by_level(values: str, field: str) -> list[list[float]]:
+    def by_level(values: str, field: str) -> list[list[Any]]:
         return [[r[field] for r in rows if (r["level"], r["values"]) == (level, values)]
                 for level in levels]  # fmt: skip
 

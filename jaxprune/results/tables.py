@@ -202,7 +202,7 @@ def _interval(known: Sequence[int | float], metric: Metric, places: int, sign: s
     mean, low, high = spread(known, metric)
     start = f"{mean:{sign}.{places}f}"
     if low is None or high is None:
-        return f"{start} ± -"
+        return start  # one seed, as the title says
     if math.isclose(mean - low, high - mean, rel_tol=1e-6, abs_tol=1e-12):
         return f"{start} ± {high - mean:.{places}f}"
     return f"{start} [{low:.{places}f}, {high:.{places}f}]"

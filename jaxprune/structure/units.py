@@ -34,10 +34,8 @@ def group_masks(
 ) -> Masks:
     r"""Prune the units of the lowest scores, with all that belongs to them.
 
-    A unit's score is the L2 norm of the scores of all weights that enter it, of all leaves that
-    produce it. Its biases and normalisation parameters go with it and are not scored; nor are the
-    weights that leave it, which are masked where its value would not be zero without. Masks of
-    rising sparsities are nested.
+    A unit's score, and what goes with it, are those of `group`. Masks of rising sparsities are
+    nested.
 
     Args:
         graph: what `dependency_graph` returns.
@@ -47,17 +45,14 @@ def group_masks(
             normalised, ties in the order of the groups.
         round_to: the kept units of a group are a multiple of it, or all; rounded up.
         scores: a tree like `params`, higher is more important; by default `magnitude`.
-        prunable: which groups take part; by default all that are prunable and lie within no other,
-            so that attention loses whole heads.
+        prunable: which groups take part; by default all that are prunable and lie within no other.
 
     Returns:
-        The tree of the parameters, bool, True is kept; the levels axis first if `sparsity` is a
-        sequence.
+        Masks of the parameters, with the levels axis first if `sparsity` is a sequence.
 
     Raises:
         ValueError: a tree that the graph was not made of, a sparsity outside [0, 1], an unknown
-            scope, a `round_to` below 1, a selected group that cannot be pruned, or scores that are
-            NaN or infinite (where concrete).
+            scope, a `round_to` below 1, or a selected group that cannot be pruned.
 
     Example:
         >>> def apply(params, x):
@@ -74,22 +69,19 @@ def group_masks(
     scores = params if scores is None else scores  # of which the norm is that of `magnitude`
     trees.check_match("scores", scores, "params", params)
     groups = _selected(graph, prunable)
+    granularity = _granularity(graph, groups)
+    together = scope == "global"
+    pruned = counts(params, sparsity, granularity=granularity, scope=scope if together else "layer")
     if not groups:
-        message = "no group of the graph can be pruned: print it for the reasons"
-        warnings.warn(message, stacklevel=2)
-    granularity = _granularity(graph, groups, None)
-    pruned = counts(params, sparsity, granularity=granularity,
-                    scope="global" if scope == "global" else "layer")  # fmt: skip
-    if scope == "global":
+        warnings.warn("no group of the graph can be pruned: print it for the reasons", stacklevel=2)
+        shape = np.shape(sparsity)
+        return jax.tree.map(lambda leaf: jnp.ones((*shape, *jnp.shape(leaf)), bool), params)
+    if together:
         kept = keep_pieces(granularity.rank(scores), pruned, granularity)
         pruned = jax.tree.map(lambda units: jnp.sum(~units, -1, dtype=jnp.int32), kept)
     sizes = jax.tree.map(np.size, granularity.cost(params))
-    rounded = jax.tree.map(lambda n, size: _rounded(n, size, round_to), pruned, sizes)
-    masks = masks_at(scores, rounded, granularity=granularity)
-    if groups:
-        return masks
-    levels = jnp.shape(sparsity)  # of which no count tells
-    return jax.tree.map(lambda m: jnp.broadcast_to(m, (*levels, *m.shape)), masks)
+    pruned = jax.tree.map(lambda n, size: _rounded(n, size, round_to), pruned, sizes)
+    return masks_at(scores, pruned, granularity=granularity)
 
 
 def group(graph: Graph, prunable: Prunable = None) -> Granularity:
@@ -98,7 +90,8 @@ def group(graph: Graph, prunable: Prunable = None) -> Granularity:
     The pieces are a dict of the groups by name, in the order of the graph, each with the scores of
     its units: $\sqrt{\sum_i s_i^2}$ over the weights that enter a unit, of all leaves that produce
     it. Of a chain of dense layers they are those of `granularity.unit`. With a unit go its biases
-    and normalisation parameters, and the weights that leave it where its value is not zero without.
+    and normalisation parameters, and the weights that leave it where its value is not zero without;
+    none of these is scored.
 
     Args:
         graph: what `dependency_graph` returns.
@@ -140,7 +133,7 @@ def _selected(graph: Graph, prunable: Callable[[Group], bool] | None) -> list[Gr
     return groups
 
 
-def _granularity(graph: Graph, groups: Sequence[Group], prunable: Prunable) -> Granularity:
+def _granularity(graph: Graph, groups: Sequence[Group], prunable: Prunable = None) -> Granularity:
     """Return the granularity of some groups' units; of `prunable` see `group`."""
 
     def chosen(tree: Any) -> list[Group]:

@@ -15,6 +15,7 @@ from jaxprune.tasks.classify import classification as classification
 from jaxprune.tasks.regress import own_loss as own_loss
 from jaxprune.tasks.regress import regression as regression
 from jaxprune.tasks.sums import reason as reason
+from jaxprune.tasks.sums import shapes as shapes
 from jaxprune.tasks.text import tokens as tokens
 from jaxprune.types import Array, Outputs, Targets, Task
 

@@ -1,4 +1,3 @@
-import inspect
 from decimal import Decimal
 from fractions import Fraction
 
@@ -9,14 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxprune import sparsity, trees
+from jaxprune import distribution, trees
+from jaxprune.granularity import unit, weight
 
-num_pruned, counts = sparsity.num_pruned, sparsity.counts
+num_pruned, counts = distribution.num_pruned, distribution.counts
 
 PARAMS = {
     "conv": {"kernel": np.ones((3, 3, 2, 4), np.float32), "bias": np.ones(4, np.float32)},
     "dense": {"kernel": np.ones((5, 2), np.float32)},
-    "logits": {"kernel": np.ones((2, 10), np.float32)},
+    "steps": np.ones((2, 2), np.int32),
 }
 
 
@@ -113,7 +113,7 @@ BAD = [
 
 @pytest.mark.parametrize(("given", "error", "message"), BAD)
 def test_bad_sparsity(given, error, message):
-    for f in (sparsity.exact, lambda s: num_pruned(10, s), lambda s: counts(PARAMS, s)):
+    for f in (distribution.exact, lambda s: num_pruned(10, s), lambda s: counts(PARAMS, s)):
         with pytest.raises(error, match=message):
             f(given)
     with pytest.raises(error, match=message):
@@ -128,7 +128,7 @@ def test_negative_size():
 @pytest.mark.parametrize(
     "f",
     [
-        sparsity.exact,
+        distribution.exact,
         lambda s: num_pruned(10, s),
         lambda s: counts(PARAMS, s),
         lambda s: counts(PARAMS, [0.0, s]),
@@ -156,57 +156,67 @@ def test_traced_sparsity(f):
     ],
 )
 def test_exact(given, expected):
-    assert sparsity.exact(given) == expected
+    assert distribution.exact(given) == expected
 
 
 def test_counts_by_hand():
     got = counts(PARAMS, 0.25)
     assert listed(got) == {
-        "conv": {"kernel": 18, "bias": 0}, "dense": {"kernel": 3}, "logits": {"kernel": 0},
+        "conv": {"kernel": 18, "bias": 0}, "dense": {"kernel": 3}, "steps": 0,
     }  # fmt: skip
-    got = counts(PARAMS, [0.0, 0.25, 1.0], granularity="unit")
+    got = counts(PARAMS, [0.0, 0.25, 1.0], granularity=unit())
     assert listed(got) == {
         "conv": {"kernel": [0, 1, 4], "bias": [0, 0, 0]},
         "dense": {"kernel": [0, 1, 2]},
-        "logits": {"kernel": [0, 0, 0]},
+        "steps": [0, 0, 0],
     }
     assert all(leaf.dtype == np.int32 for leaf in jax.tree.leaves(got))
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
+    ("granularity", "expected"),
     [
-        ({}, [41, 82]),  # of 72 + 10
-        ({"granularity": "unit"}, [3, 6]),  # of 4 + 2
-        ({"granularity": "unit", "unit_axis": -2}, [4, 7]),  # of 2 + 5
-        ({"prunable": everything}, [53, 106]),
-        ({"prunable": lambda path, leaf: False}, [0, 0]),
+        (None, [41, 82]),  # of 72 + 10
+        (unit(), [3, 6]),  # of 4 + 2
+        (weight(lambda path, leaf: path != "steps"), [43, 86]),
+        (unit(lambda path, leaf: path == "conv/bias"), [2, 4]),
+        (weight(lambda path, leaf: False), [0, 0]),
     ],
 )
-def test_global_counts_by_hand(options, expected):
-    got = counts(PARAMS, [0.5, 1.0], scope="global", **options)
+def test_global_counts_by_hand(granularity, expected):
+    got = counts(PARAMS, [0.5, 1.0], scope="global", granularity=granularity)
     assert got.dtype == np.int32
     assert got.tolist() == expected
-    assert [int(counts(PARAMS, s, scope="global", **options)) for s in (0.5, 1)] == expected
+    one = [counts(PARAMS, s, scope="global", granularity=granularity) for s in (0.5, 1)]
+    assert [int(count) for count in one] == expected
 
 
-@pytest.mark.parametrize("granularity", ["weight", "unit"])
-@pytest.mark.parametrize("scope", ["layer", "global"])
-@pytest.mark.parametrize("unit_axis", [-1, -2, 0])
-def test_counts_are_those_of_the_sizes(granularity, scope, unit_axis):
+@pytest.mark.parametrize("granularity", [weight(), unit()])
+def test_counts_are_those_of_the_sizes(granularity):
     levels = [0.0, 0.123, 0.5, 0.999, 1.0]
-    options = {"granularity": granularity, "scope": scope, "unit_axis": unit_axis}
-    got = counts(PARAMS, levels, **options)
-    sizes = {}
-    for path, leaf in trees.paths_and_leaves(PARAMS):
-        sizes[path] = 0
-        if path in ("conv/kernel", "dense/kernel"):
-            sizes[path] = leaf.size if granularity == "weight" else leaf.shape[unit_axis]
-    if scope == "global":
-        assert got.tolist() == [num_pruned(sum(sizes.values()), s) for s in levels]
+    sizes = {path: 0 for path, _ in trees.paths_and_leaves(PARAMS)}
+    if granularity.name == "weight":
+        sizes |= {"conv/kernel": 72, "dense/kernel": 10}
     else:
-        for path, count in trees.paths_and_leaves(got):
-            assert count.tolist() == [num_pruned(sizes[path], s) for s in levels]
+        sizes |= {"conv/kernel": 4, "dense/kernel": 2}
+    found = counts(PARAMS, levels, granularity=granularity, scope="global")
+    assert found.tolist() == [num_pruned(sum(sizes.values()), s) for s in levels]
+    for path, count in trees.paths_and_leaves(counts(PARAMS, levels, granularity=granularity)):
+        assert count.tolist() == [num_pruned(sizes[path], s) for s in levels]
+
+
+def test_a_distribution_of_ones_own():
+    def ends(params, granularity, sparsity, **others):
+        return granularity.name, sparsity, sorted(params)
+
+    found = counts(PARAMS, 0.5, granularity=unit(), scope=ends)
+    assert found == ("unit", 0.5, ["conv", "dense", "steps"])
+    for scope, f in [("layer", distribution.uniform), ("global", distribution.globally)]:
+        expected = counts(PARAMS, [0.5, 0.9], scope=scope)
+        found = counts(PARAMS, [0.5, 0.9], scope=f)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+        found = f(PARAMS, weight(), [0.5, 0.9], scores=None, problem=None, batches=None)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 @pytest.mark.parametrize(
@@ -231,64 +241,33 @@ def test_levels_axis():
 
 
 def test_counts_of_other_trees():
-    assert listed(counts([np.ones(4, np.float32), ()], 0.5, prunable=everything)) == [2, ()]
-    assert counts(np.ones((2, 2), np.float32), 0.5, prunable=everything) == 2
+    all_weights = weight(everything)
+    assert listed(counts([np.ones(4, np.float32), ()], 0.5, granularity=all_weights)) == [2, ()]
+    assert counts(np.ones((2, 2), np.float32), 0.5) == 2
     assert counts({}, 0.5) == {}
     assert counts({}, [0.5, 1], scope="global").tolist() == [0, 0]
-    shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, PARAMS))
-    assert listed(counts(shapes, 0.9)) == listed(counts(PARAMS, 0.9))
 
 
 def test_counts_read_shapes_only():
+    shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, PARAMS))
     found = []
     jax.jit(lambda params: found.append(counts(params, 0.9)))(PARAMS)
+    for granularity in (weight(), unit()):
+        expected = listed(counts(PARAMS, 0.9, granularity=granularity))
+        assert listed(counts(shapes, 0.9, granularity=granularity)) == expected
     assert listed(found[0]) == listed(counts(PARAMS, 0.9))
+    huge = {"a": jax.ShapeDtypeStruct((2**15, 2**15), jnp.float32)}
+    assert counts(huge, 0.5) == {"a": 2**29}
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"granularity": "row"}, "granularity must be one of weight, unit, got 'row'"),
-        ({"scope": "local"}, "scope must be one of layer, global, got 'local'"),
-        ({"granularity": "unit", "unit_axis": 2}, r"unit_axis 2 is not an axis .* \(5, 2\)"),
-        ({"granularity": "unit", "unit_axis": -3}, r"unit_axis -3 is not an axis .* \(5, 2\)"),
-    ],
-)
-def test_bad_options(options, message):
-    # As users call it: the types are checked by the tests alone.
-    with pytest.raises(ValueError, match=message):
-        inspect.unwrap(counts)(PARAMS, 0.5, **options)
-
-
-def test_unusable_leaves():
-    with pytest.raises(ValueError, match="pass prunable="):
-        counts([np.ones((2, 2), np.float32)], 0.5)
-    with pytest.raises(TypeError, match="leaf 'a' is of int32"):
-        counts({"a": np.ones((2, 2), np.int32), "logits": np.ones(2)}, 0.5)
-
-
-@pytest.mark.parametrize(
-    ("shape", "granularity", "axis", "expected"),
-    [
-        ((3, 3, 2, 4), "weight", -1, 72), ((3, 3, 2, 4), "unit", -1, 4),
-        ((3, 3, 2, 4), "unit", 2, 2), ((3, 3, 2, 4), "unit", -4, 3),
-        ((5,), "unit", -1, 5), ((), "weight", -1, 1), ((0, 3), "weight", -1, 0),
-        ((2**16, 2**16), "weight", -1, 2**32),
-    ],
-)  # fmt: skip
-def test_num_elements(shape, granularity, axis, expected):
-    assert sparsity.num_elements(shape, granularity, axis) == expected
-
-
-@pytest.mark.parametrize(("shape", "axis"), [((2, 3), 2), ((2, 3), -3), ((), -1), ((), 0)])
-def test_unit_axis_out_of_range(shape, axis):
-    with pytest.raises(ValueError, match=f"unit_axis {axis} is not an axis of a leaf of shape"):
-        sparsity.check_unit_axis(shape, axis)
-    with pytest.raises(ValueError, match=f"unit_axis {axis} is not an axis"):
-        sparsity.num_elements(shape, "unit", axis)
+def test_bad_scope_and_leaves():
+    with pytest.raises(ValueError, match="scope must be one of layer, global, got 'local'"):
+        counts(PARAMS, 0.5, scope="local")
+    with pytest.raises(TypeError, match="leaf 'steps' is of int32"):
+        counts(PARAMS, 0.5, granularity=weight(everything))
 
 
 def test_check_choice():
-    sparsity.check_choice("scope", "layer", ("layer", "global"))
+    distribution.check_choice("scope", "layer", ("layer", "global"))
     with pytest.raises(ValueError, match="scope must be one of layer, global, got ''"):
-        sparsity.check_choice("scope", "", ("layer", "global"))
+        distribution.check_choice("scope", "", ("layer", "global"))
