@@ -4,9 +4,11 @@ Usage: python experiments/sweep.py --preset quick
 """
 
 import argparse
+import dataclasses
 import os
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,32 +28,44 @@ def main() -> None:
     """Read the flags, run the study, and turn what goes wrong into a line and an exit status."""
     for stream in (sys.stdout, sys.stderr):  # where they take ASCII only
         stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
+    config = None
     try:
-        run(read_flags())
+        config = read_flags()
+        run(config)
     except KeyboardInterrupt:
         print("sweep.py: stopped; the same command goes on from the last finished epoch",
               file=sys.stderr, flush=True)  # fmt: skip
         os._exit(130)  # threads of a checkpoint's half-done writing would complain at a usual exit
     except NotFinite as error:
         stop(1, f"{error}; the rows before it are kept")
-    except TypeError as error:  # of what was made of the flags, such as leaves of integers
-        stop(1, str(error))
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        stop(2, str(error))
+    except Exception as error:
+        if config and (place := place_in_own_code(error, config)):
+            stop(2, f"{place}: {type(error).__name__}: {error}")
+        if isinstance(error, ValueError | OSError | ModuleNotFoundError):
+            stop(2, str(error))
+        if isinstance(error, TypeError):  # of what was made of the flags, such as integer leaves
+            stop(1, str(error))
+        raise
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags(Config):
+    """What was typed, checked by `Config` later: an error in here would fill a box of tyro's."""
+
+    def __post_init__(self) -> None:
+        pass
 
 
 def read_flags() -> Config:
     """Return the settings; a preset gives defaults to the other flags."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset", default="quick")
-    preset = early.parse_known_args()[0].preset
-    default = Config(preset=preset, **PRESETS.get(preset, {}))
-    return tyro.cli(Config, default=default, description=__doc__)
+    default = dataclasses.replace(Flags(), **PRESETS.get(early.parse_known_args()[0].preset, {}))
+    return Config(**vars(tyro.cli(Flags, default=default, description=__doc__)))
 
 
 def run(config: Config) -> None:
     """Run the study, or go on with it; then print its tables, draw its figures, and report."""
-    sys.path.insert(0, os.getcwd())  # my_module:my_scores
     import jax  # after the flags are parsed, so that --help is quick
     import optax
 
@@ -127,6 +141,15 @@ def progress_display() -> Iterator[Callable[["Progress | str"], None]]:
 
     with bars:
         yield tell
+
+
+def place_in_own_code(error: Exception, config: Config) -> str:
+    """Return file and line where a function of the user's raised an error, "" if none did."""
+    specs = (*config.criteria, config.network, config.task or "")
+    modules = (sys.modules.get(spec.partition(":")[0]) for spec in specs if ":" in spec)
+    files = [getattr(module, "__file__", None) for module in modules]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename in files]
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
 
 
 def stop(status: int, line: str) -> NoReturn:

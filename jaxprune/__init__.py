@@ -82,7 +82,10 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names.sp
 # What is no dependency of the core, by the extra that brings it.
 _EXTRAS = {
     "sparse": "constriction llvmlite numba safetensors zstandard",
-    "study": "PIL array_record flax matplotlib orbax rich scipy tensorflow_datasets tyro",
+    "study": (
+        "PIL array_record flax importlib_resources matplotlib orbax rich scipy tensorflow_datasets "
+        "tyro"
+    ),
 }
 
 __all__ = [*sorted(_HOME)]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -160,6 +160,8 @@ class Config(Study):
     def __post_init__(self) -> None:
         """Check every value; see `Study`."""
         super().__post_init__()
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
         check_at_least(2, context=self.context)
         if self.examples is not None:
             check_at_least(2, examples=self.examples)

@@ -20,8 +20,9 @@ from jaxtyping import install_import_hook
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Before the first import of a module of the package.
-install_import_hook("jaxprune", "beartype.beartype")
+# Before the first import of a module of the package. An int is a float, as for every type checker.
+tower = "beartype.BeartypeConf(is_pep484_tower=True)"
+install_import_hook("jaxprune", f"beartype.beartype(conf={tower})")
 
 from jaxprune import data  # noqa: E402
 

@@ -86,8 +86,8 @@ def test_counts_of_a_run_rise_to_those_of_the_target(schedule, steps):
     for size in (1, 7, 1000, 784_000, 2**24 + 1):
         for target in TARGETS:
             counts = [
-                sparsity.num_pruned(size, schedule(target, progress))
+                distribution.num_pruned(size, schedule(target, progress))
                 for progress in schedules.update_steps(steps, 10).values()
             ]
             assert counts == sorted(counts)
-            assert counts[-1] == sparsity.num_pruned(size, target)
+            assert counts[-1] == distribution.num_pruned(size, target)

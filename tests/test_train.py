@@ -1,37 +1,47 @@
+"""Training under masks, held against plain loops, NumPy and numbers computed by hand."""
+
+import functools
 import itertools
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from scipy.special import log_softmax
+from scipy.special import log_softmax, softmax
 
-from jaxprune import models
-from jaxprune.train import TrainState, batch_indices, init_state, make_train
+from jaxprune import networks, tasks, trees
+from jaxprune.train import TrainState, batch_indices, init_state, make_recalibrate, make_train
+from jaxprune.types import Network
 
 EXAMPLES, FEATURES, HIDDEN, CLASSES = 40, 6, (5, 4), 3
 LEVELS, STEPS, BATCH = 3, 7, 8
+KEY = jax.random.key(5)
 
-OPTIMIZERS = {
-    "momentum": lambda: optax.sgd(0.1, momentum=0.9),
-    "adam": lambda: optax.adam(0.02),
-    "clipped adamw": lambda: optax.chain(
-        optax.clip_by_global_norm(0.5), optax.adamw(0.02, weight_decay=0.1)
-    ),
+MOMENTUM, ADAM = optax.sgd(0.1, momentum=0.9), optax.adam(0.02)
+CLIPPED = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(0.02, weight_decay=0.1))
+TRAINERS = {
+    "momentum": (MOMENTUM, {}),
+    "adam": (ADAM, {}),
+    "clipped adamw": (CLIPPED, {}),
+    "two levels at once": (CLIPPED, {"levels_at_once": 2}),
+    "all levels at once": (CLIPPED, {"levels_at_once": LEVELS}),
+    "stepped": (CLIPPED, {"stepped": True}),
 }
 
 
-def network():
-    """Return `apply` and parameters that need no random numbers of JAX."""
-    _, apply = models.mlp(FEATURES, HIDDEN, CLASSES)
+def make_network():
+    """Return an MLP whose parameters need no random numbers of JAX."""
+    _, apply = networks.mlp(FEATURES, HIDDEN, CLASSES)
     rng = np.random.default_rng(0)
     sizes = [FEATURES, *HIDDEN, CLASSES]
     names = [f"hidden_{i}" for i in range(len(HIDDEN))] + ["logits"]
-    return apply, {
+    params = {
         name: {"kernel": jnp.asarray(rng.normal(size=shape) / np.sqrt(shape[0]), jnp.float32)}
         for name, shape in zip(names, itertools.pairwise(sizes), strict=True)
     }
+    return networks.network(lambda key: params, apply)
 
 
 def examples():
@@ -42,6 +52,10 @@ def examples():
     return jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.int32), jnp.asarray(batches, jnp.int32)
 
 
+NETWORK = make_network()
+X, Y, BATCHES = examples()
+
+
 def random_masks(params, levels=LEVELS):
     """Return masks that prune nothing at level 0, and more at each level after it."""
     rng = np.random.default_rng(2)
@@ -50,17 +64,12 @@ def random_masks(params, levels=LEVELS):
         ranks = rng.random(w.shape)
         return jnp.asarray(np.stack([ranks >= 0.4 * level for level in range(levels)]))
 
-    return {k: jax.tree.map(mask, v) for k, v in params.items() if k != "logits"} | {
-        "logits": {"kernel": jnp.ones((levels, *params["logits"]["kernel"].shape), bool)}
-    }
+    whole = {"logits": {"kernel": jnp.ones((levels, HIDDEN[-1], CLASSES), bool)}}
+    return {k: jax.tree.map(mask, v) for k, v in params.items() if k != "logits"} | whole
 
 
-def stack(tree, levels=LEVELS):
-    return jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x)[None], levels, axis=0), tree)
-
-
-def level_of(tree, i):
-    return jax.tree.map(lambda x: np.asarray(x)[i], tree)
+def numpy_levels(tree):
+    return trees.unstack(jax.tree.map(np.asarray, tree))
 
 
 def assert_close(tree, expected, **tolerance):
@@ -70,75 +79,61 @@ def assert_close(tree, expected, **tolerance):
 
 
 class Trainer:
-    """One compiled program of one optimizer, and what goes into it."""
+    """One compiled program, and what goes into it."""
 
-    def __init__(self, optimizer, **options):
-        self.apply, self.params = network()
-        self.optimizer, self.data, self.traces = optimizer, examples(), 0
+    def __init__(self, optimizer, options):
+        self.optimizer, self.traces = optimizer, 0
+        start = init_state(NETWORK, KEY, optimizer)
+        self.carry, self.params = trees.stack([start] * LEVELS), start.params
         self.masks = random_masks(self.params)
-        self.state = stack(init_state(self.params, optimizer))
 
-        def counted(params, x):
+        def counted(*args):
             self.traces += 1
-            return self.apply(params, x)
+            return NETWORK.train(*args)
 
-        self.jitted = jax.jit(make_train(counted, optimizer, **options))
+        train = make_train(NETWORK._replace(train=counted), optimizer, **options)
+        self.train = train if options.get("stepped") else jax.jit(train)
 
-    def __call__(self, state=None, masks=None, first=0, last=STEPS):
-        return self.jitted(
-            state or self.state, masks or self.masks, *self.data, np.int32(first), np.int32(last)
-        )
+    def __call__(self, carry=None, masks=None, first=0, last=STEPS, data=(X, Y, BATCHES)):
+        bounds = np.int32(first), np.int32(last)
+        return self.train(carry or self.carry, masks or self.masks, *data, KEY, *bounds)
 
 
 @pytest.fixture(scope="module")
 def trainer():
-    """Return a function from an optimizer's name to its `Trainer`, which compiles once."""
-    made = {}
-
-    def get(name):
-        if name not in made:
-            made[name] = Trainer(OPTIMIZERS[name]())
-        return made[name]
-
-    return get
+    """Return a function from a name to its `Trainer`, which compiles once."""
+    return functools.cache(lambda name: Trainer(*TRAINERS[name]))
 
 
-@pytest.fixture(scope="module")
-def gradient():
-    """Return the mean loss of a network times its masks, and its gradient."""
-    apply, _ = network()
-
-    def masked_loss(params, mask, x, y):
-        masked = jax.tree.map(lambda w, m: w * m.astype(w.dtype), params, mask)
-        log_probabilities = jax.nn.log_softmax(apply(masked, x))
-        return -jnp.sum(log_probabilities * jax.nn.one_hot(y, CLASSES)) / len(y)
-
-    return jax.jit(jax.value_and_grad(masked_loss))
+@jax.jit
+@jax.value_and_grad
+def gradient(params, mask, x, y):
+    masked = jax.tree.map(lambda w, m: w * m.astype(w.dtype), params, mask)
+    log_probabilities = jax.nn.log_softmax(NETWORK.apply(masked, {}, x))
+    return -jnp.sum(log_probabilities * jax.nn.one_hot(y, CLASSES)) / len(y)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_training_is_a_plain_loop(trainer, gradient, name):
+@pytest.mark.parametrize("name", ["momentum", "adam", "clipped adamw"])
+def test_training_is_a_plain_loop(trainer, name):
     train = trainer(name)
-    state, losses = train()
+    carry, losses = train()
     assert losses.shape == (LEVELS, STEPS)
-    x, y, batches = train.data
-
     with jax.numpy_dtype_promotion("standard"):
         update = jax.jit(train.optimizer.update)
-        for level in range(LEVELS):
-            mask = level_of(train.masks, level)
+        levels = zip(numpy_levels(train.masks), numpy_levels((carry, losses)), strict=True)
+        for mask, (found, found_losses) in levels:
             params, opt_state = train.params, train.optimizer.init(train.params)
-            for i, rows in enumerate(np.asarray(batches)):
-                loss, grads = gradient(params, mask, x[rows], y[rows])
-                np.testing.assert_allclose(losses[level, i], loss, rtol=1e-5)
+            for loss_found, rows in zip(found_losses, np.asarray(BATCHES), strict=True):
+                loss, grads = gradient(params, mask, X[rows], Y[rows])
+                np.testing.assert_allclose(loss_found, loss, rtol=1e-5)
                 updates, opt_state = update(grads, opt_state, params)
                 params = jax.tree.map(
                     lambda w, u, m: np.where(m, np.asarray(w) + np.asarray(u), np.float32(0)),
                     params, updates, mask,
                 )  # fmt: skip
-            expected = TrainState(params, opt_state)
-            assert_close(level_of(state, level), expected, rtol=1e-4, atol=1e-6)
+            assert_close(found, TrainState(params, {}, opt_state), rtol=1e-4, atol=1e-6)
     assert len({float(loss) for loss in losses[:, -1]}) == LEVELS  # levels are not the same run
+    assert losses[0, -1] < losses[0, 0]
 
 
 def numpy_loss(kernels, masks, x, y):
@@ -152,17 +147,14 @@ def numpy_loss(kernels, masks, x, y):
 
 def test_a_step_follows_the_gradient_of_the_masked_loss(trainer):
     train = trainer("momentum")
-    x, y, batches = train.data
-    rows = np.asarray(batches[0])
-    x, y = np.asarray(x)[rows], np.asarray(y)[rows]
-    state, losses = train(last=1)
-    names = list(train.params)
-    for level in range(LEVELS):
-        kernels = [np.asarray(train.params[name]["kernel"], np.float64) for name in names]
-        masks = [np.asarray(train.masks[name]["kernel"][level]) for name in names]
-        loss = numpy_loss(kernels, masks, x, y)
-        np.testing.assert_allclose(losses[level, 0], loss, rtol=1e-5)
-        for name, kernel, mask in zip(names, kernels, masks, strict=True):
+    rows = np.asarray(BATCHES[0])
+    x, y = np.asarray(X)[rows], np.asarray(Y)[rows]
+    levels = zip(numpy_levels(train.masks), numpy_levels(train(last=1)), strict=True)
+    for mask, (carry, losses) in levels:
+        kernels = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(train.params)]
+        masks = jax.tree.leaves(mask)
+        np.testing.assert_allclose(losses[0], numpy_loss(kernels, masks, x, y), rtol=1e-5)
+        for kernel, kept, now in zip(kernels, masks, jax.tree.leaves(carry.params), strict=True):
             expected = np.zeros_like(kernel)
             for index in np.ndindex(kernel.shape):
                 value, differences = kernel[index], []
@@ -171,66 +163,59 @@ def test_a_step_follows_the_gradient_of_the_masked_loss(trainer):
                     differences.append(numpy_loss(kernels, masks, x, y))
                 kernel[index] = value
                 expected[index] = (differences[0] - differences[1]) / 2e-6
-            assert (expected[~mask] == 0).all()
-            moved = (kernel - np.asarray(state.params[name]["kernel"][level])) / 0.1
-            np.testing.assert_allclose(moved[mask], expected[mask], rtol=1e-4, atol=2e-6)
+            assert (expected[~kept] == 0).all()
+            moved = (kernel - now) / 0.1
+            np.testing.assert_allclose(moved[kept], expected[kept], rtol=1e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize("levels_at_once", [2, LEVELS])
-def test_vmapped_levels_are_looped_levels(trainer, levels_at_once):
-    one_by_one = trainer("clipped adamw")()
-    together = Trainer(OPTIMIZERS["clipped adamw"](), levels_at_once=levels_at_once)()
-    assert_close(together, one_by_one, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("name", ["two levels at once", "all levels at once", "stepped"])
+def test_levels_together_or_step_by_step_are_looped_levels(trainer, name):
+    assert_close(trainer(name)(), trainer("clipped adamw")(), rtol=1e-6, atol=1e-6)
 
 
 def test_levels_do_not_depend_on_each_other(trainer):
     train = trainer("clipped adamw")
-    forward = train()
     backward = train(masks=jax.tree.map(lambda m: jnp.flip(m, axis=0), train.masks))
-    for i in range(LEVELS):
-        assert_close(level_of(backward, LEVELS - 1 - i), level_of(forward, i))
+    assert_close(numpy_levels(backward)[::-1], numpy_levels(train()))
 
 
 @pytest.mark.parametrize("cuts", [(3,), (1, 2, 6), tuple(range(1, STEPS))], ids=str)
-@pytest.mark.parametrize("name", ["momentum", "clipped adamw"])
+@pytest.mark.parametrize("name", ["momentum", "clipped adamw", "stepped"])
 def test_steps_may_be_split_into_calls(trainer, name, cuts):
     train = trainer(name)
     expected, expected_losses = train()
-    state, losses = train.state, np.zeros((LEVELS, STEPS), np.float32)
+    carry, losses = train.carry, np.zeros((LEVELS, STEPS), np.float32)
     for first, last in itertools.pairwise((0, *cuts, STEPS)):
-        state, some = train(state, first=first, last=last)
+        carry, some = train(carry, first=first, last=last)
         losses += np.asarray(some)
-    assert_close(state, expected)
+    assert_close(carry, expected)
     assert_close(losses, expected_losses)
 
 
-def test_losses_are_zero_outside_the_steps_made(trainer):
-    train = trainer("momentum")
-    state, losses = train(first=2, last=5)
+@pytest.mark.parametrize("name", ["momentum", "stepped"])
+def test_losses_are_zero_outside_the_steps_made(trainer, name):
+    train = trainer(name)
+    carry, losses = train(first=2, last=5)
     assert (np.asarray(losses) > 0).tolist() == [[2 <= i < 5 for i in range(STEPS)]] * LEVELS
-    assert not np.array_equal(
-        state.params["logits"]["kernel"], train.state.params["logits"]["kernel"]
-    )
-    state, losses = train(first=3, last=3)
+    before, after = (c.params["logits"]["kernel"] for c in (train.carry, carry))
+    assert not np.array_equal(before, after)
+    carry, losses = train(first=3, last=3)
     assert not losses.any()
-    assert_close(state, train.state)
+    assert_close(carry, train.carry)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", ["momentum", "adam", "clipped adamw", "stepped"])
 def test_pruned_weights_are_exactly_zero_after_every_step(trainer, name):
     train = trainer(name)
     nothing = jax.tree.map(jnp.ones_like, train.masks)
-    state, _ = train(masks=nothing, last=3)  # so that the momentum pulls at what is pruned now
-    for leaf, mask in zip(jax.tree.leaves(state.params), jax.tree.leaves(train.masks), strict=True):
-        assert (np.asarray(leaf)[~np.asarray(mask)] != 0).all()
+    carry, _ = train(masks=nothing, last=3)  # so that the momentum pulls at what is pruned now
+    masks = [np.asarray(mask) for mask in jax.tree.leaves(train.masks)]
+    for leaf, mask in zip(jax.tree.leaves(carry.params), masks, strict=True):
+        assert (np.asarray(leaf)[~mask] != 0).all()
     for i in range(3, STEPS):
-        state, _ = train(state, first=i, last=i + 1)
-        for kernel, mask in zip(
-            jax.tree.leaves(state.params), jax.tree.leaves(train.masks), strict=True
-        ):
-            kernel, mask = np.asarray(kernel), np.asarray(mask)
-            assert (kernel[~mask] == 0).all()
-            assert (kernel[mask] != 0).all()
+        carry, _ = train(carry, first=i, last=i + 1)
+        for leaf, mask in zip(jax.tree.leaves(carry.params), masks, strict=True):
+            assert ((np.asarray(leaf) != 0) == mask).all()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -238,19 +223,10 @@ def test_pruned_weights_are_exactly_zero_after_every_step(trainer, name):
 def test_what_a_pruned_weight_holds_does_not_spread(trainer, name, value):
     train = trainer(name)
     params = jax.tree.map(
-        lambda w, m: jnp.where(m, w, jnp.asarray(value, w.dtype)), train.state.params, train.masks
+        lambda w, m: jnp.where(m, w, jnp.asarray(value, w.dtype)), train.carry.params, train.masks
     )
     assert not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
-    found = train(train.state._replace(params=params))
-    assert_close(found, train())
-
-
-def test_masks_that_keep_all_train_a_dense_network(trainer):
-    train = trainer("adam")
-    state, losses = train(masks=jax.tree.map(jnp.ones_like, train.masks))
-    for level in range(1, LEVELS):
-        assert_close(level_of(state, level), level_of(state, 0))
-    assert losses[0, -1] < losses[0, 0]
+    assert_close(train(train.carry._replace(params=params)), train())
 
 
 def test_numbers_of_three_steps():
@@ -273,38 +249,137 @@ def test_numbers_of_three_steps():
     def apply(params, x):
         return jax.nn.relu(x @ params["hidden_0"]) @ params["logits"]
 
-    optimizer = optax.adam(0.1)
-    state = stack(init_state(params, optimizer), 1)
-    train = jax.jit(make_train(apply, optimizer))
-    state, losses = train(state, masks, x, y, batches, np.int32(0), np.int32(3))
+    network, optimizer = networks.network(lambda key: params, apply), optax.adam(0.1)
+    carry = trees.stack([init_state(network, KEY, optimizer)])
+    train = jax.jit(make_train(network, optimizer))
+    carry, losses = train(carry, masks, x, y, batches, KEY, np.int32(0), np.int32(3))
     np.testing.assert_allclose(losses, [[0.9867152, 0.4158615, 0.9347716]], rtol=1e-5)
     expected = {
         "hidden_0": np.array([[[0.7671524, 0], [0.7624330, 0.5508510]]]),
         "logits": np.array([[[0.7894401, -0.7894401], [0.2631387, 0.4868614]]]),
     }
-    assert_close(state.params, expected, rtol=1e-5)
+    assert_close(carry.params, expected, rtol=1e-5)
 
 
-def test_the_loss_is_an_argument(trainer):
-    train = Trainer(optax.sgd(0.1), loss=lambda logits, labels: jnp.sum(jnp.square(logits), axis=1))
-    _, losses = train(last=1)
-    x, _, batches = train.data
-    logits = np.asarray(train.apply(train.params, x))[np.asarray(batches[0])]
-    np.testing.assert_allclose(losses[0, 0], (logits**2).sum(axis=1).mean(), rtol=1e-5)
+def test_the_loss_is_that_of_the_task_over_the_weights_of_the_batch():
+    """Tokens: of a batch every valid one counts the same, however many each example has."""
+    table, rate = np.random.default_rng(3).normal(size=(4, 4)).astype(np.float32), 0.5
+    x = np.array([[0, 1, 2], [3, 0, 1], [2, 2, 2]], np.int32)
+    y = np.array([[1, 2, 3], [0, -1, -1], [-1, -1, -1]], np.int32)
+    network = networks.network(
+        lambda key: {"table": jnp.asarray(table)}, lambda p, x: p["table"][x]
+    )
+    optimizer, batches = optax.sgd(rate), jnp.array([[0, 1], [2, 2]])
+    train = jax.jit(make_train(network, optimizer, task=tasks.tokens()))
+    carry = trees.stack([init_state(network, KEY, optimizer)])
+    masks = {"table": jnp.ones((1, 4, 4), bool)}
+    data = jnp.asarray(x), jnp.asarray(y), batches, KEY
+    carry, losses = train(carry, masks, *data, np.int32(0), np.int32(1))
+    tokens, targets = x[y >= 0], y[y >= 0]
+    logits = table[tokens].astype(np.float64)
+    expected = -log_softmax(logits, axis=1)[np.arange(4), targets].mean()
+    np.testing.assert_allclose(losses, [[expected, 0]], rtol=1e-5)
+    gradient = np.zeros((4, 4))
+    np.add.at(gradient, tokens, (softmax(logits, axis=1) - np.eye(4)[targets]) / 4)
+    np.testing.assert_allclose(carry.params["table"][0], table - rate * gradient, rtol=1e-5)
+    # A batch of nothing but padding moves nothing.
+    after, losses = train(carry, masks, *data, np.int32(1), np.int32(2))
+    assert_close((after, losses), (carry, np.zeros((1, 2), np.float32)))
 
 
-def test_one_trace_serves_all_values(trainer):
-    train = trainer("adam")
+def noisy_network():
+    """Return a network with dropout, and with a running mean of its outputs as its state."""
+    rng = np.random.default_rng(4)
+    params = {"logits": jnp.asarray(rng.normal(size=(FEATURES, CLASSES)), jnp.float32)}
+
+    def train(params, state, x, key):
+        kept = jax.random.bernoulli(key, 0.5, x.shape)
+        outputs = jnp.where(kept, 2 * x, 0.0) @ params["logits"]
+        mean = jnp.mean(outputs, axis=0)
+        return outputs - mean[None], {"mean": 0.9 * state["mean"] + 0.1 * mean}
+
+    def apply(params, state, x):
+        return x @ params["logits"] - state["mean"][None]
+
+    return Network(lambda key: (params, {"mean": jnp.ones(CLASSES)}), apply, train)
+
+
+def by_hand(kernel, batches):
+    """Return losses and the running mean of batches, without an update of the kernel."""
+    losses, running = [], np.ones(CLASSES)
+    for i, rows in enumerate(np.asarray(batches)):
+        x = np.asarray(X)[rows].astype(np.float64)
+        kept = np.asarray(jax.random.bernoulli(jax.random.fold_in(KEY, i), 0.5, x.shape))
+        outputs = np.where(kept, 2 * x, 0) @ kernel
+        y, mean = np.asarray(Y)[rows], outputs.mean(axis=0)
+        losses.append(-log_softmax(outputs - mean, axis=1)[np.arange(len(y)), y].mean())
+        running = 0.9 * running + 0.1 * mean
+    return losses, running
+
+
+NOISY = noisy_network()
+NOISY_MASKS = {
+    "logits": jnp.asarray(np.random.default_rng(6).random((LEVELS, FEATURES, CLASSES)) < 0.7)
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"levels_at_once": LEVELS}, {"stepped": True}], ids=str)
+def test_keys_and_state_are_those_of_a_plain_loop(options):
+    still = optax.sgd(0.0)
+    start = init_state(NOISY, KEY, still)
+    train = make_train(NOISY, still, **options)
+    train = train if options.get("stepped") else jax.jit(train)
+    args = NOISY_MASKS, X, Y, BATCHES, KEY
+    carry, losses = train(trees.stack([start] * LEVELS), *args, np.int32(0), np.int32(STEPS))
+    for level, mask in enumerate(np.asarray(NOISY_MASKS["logits"])):
+        expected = by_hand(np.where(mask, start.params["logits"], 0), BATCHES)
+        found = losses[level], carry.state["mean"][level]
+        for got, wanted in zip(found, expected, strict=True):
+            np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-6)
+    # No step, no change; a later call goes on with the keys of its steps.
+    assert_close(train(carry, *args, np.int32(4), np.int32(4))[0], carry)
+    first, _ = train(trees.stack([start] * LEVELS), *args, np.int32(0), np.int32(4))
+    assert_close(train(first, *args, np.int32(4), np.int32(STEPS))[0], carry)
+
+
+def test_recalibration_is_a_plain_loop():
+    params, state = NOISY.init(KEY)
+    args = params, NOISY_MASKS, state, X, BATCHES[:4], KEY
+    looped = jax.jit(make_recalibrate(NOISY))(*args)
+    assert looped["mean"].shape == (LEVELS, CLASSES)
+    assert_close(make_recalibrate(NOISY, stepped=True)(*args), looped, rtol=1e-6)
+    for mean, mask in zip(looped["mean"], np.asarray(NOISY_MASKS["logits"]), strict=True):
+        _, expected = by_hand(np.where(mask, params["logits"], 0), BATCHES[:4])
+        np.testing.assert_allclose(mean, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adam", "stepped"])
+def test_one_trace_serves_all_values(trainer, name):
+    train = trainer(name)
     train()
     traces = train.traces
     assert traces > 0
-    state, _ = train(first=2, last=3)
+    carry, _ = train(first=2, last=3)
     masks = jax.tree.map(lambda m: m[::-1], train.masks)
-    train(state, masks, first=3, last=4)
-    x, y, batches = train.data
-    other = x + 1, (y + 1) % CLASSES, batches[::-1]
-    train.jitted(stack(level_of(state, 1)), masks, *other, np.int32(5), np.int32(7))
+    train(carry, masks, first=3, last=4)
+    train(carry, masks, first=5, last=7, data=(X + 1, (Y + 1) % CLASSES, BATCHES[::-1]))
     assert train.traces == traces
+
+
+def test_a_step_is_compiled_by_the_given_jit_once():
+    jit = Mock(wraps=jax.jit)
+    make_train(NOISY, MOMENTUM, jit=jit)  # is for the caller to compile
+    assert jit.call_count == 0
+    make_train(NOISY, MOMENTUM, stepped=True, jit=jit)
+    make_recalibrate(NOISY, stepped=True, jit=jit)
+    assert jit.call_count == 2
+
+
+def test_integers_cannot_be_trained():
+    params = {"kernel": jnp.ones((2, 2)), "table": {"ids": jnp.arange(3)}}
+    network = networks.network(lambda key: params, lambda params, x: x @ params["kernel"])
+    with pytest.raises(TypeError, match="leaf 'table/ids' is of int32 and cannot be trained"):
+        init_state(network, KEY, ADAM)
 
 
 @pytest.mark.parametrize(("examples", "size"), [(40, 8), (40, 7), (40, 40), (40, 21), (1, 1)])
