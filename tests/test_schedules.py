@@ -2,7 +2,7 @@ from fractions import Fraction
 
 import pytest
 
-from jaxprune import config, schedules, sparsity
+from jaxprune import config, distribution, schedules
 
 SCHEDULES = [schedules.cubic]
 TARGETS = [config.sparsity_of_level(level) for level in (0.0, 0.1, 25.0, 99.9, 100.0)]
