@@ -148,11 +148,9 @@ def test_a_missing_package_is_named_with_its_extra(extra: str) -> None:
     known = set(jaxprune._EXTRAS[extra].split())
     homes = packages_distributions()
     for package in known:
-        error = jaxprune._missing(ModuleNotFoundError("no", name=f"{package}.part"))
-        assert (
-            str(error) == f"{package} is not installed: pip install 'jaxprune[{extra}]' brings it"
-        )
-        assert error.name == f"{package}.part"
+        found = jaxprune._missing(ModuleNotFoundError("no", name=f"{package}.part"))
+        assert f"{package} is not installed: pip install 'jaxprune[{extra}]'" in str(found)
+        assert found.name == f"{package}.part"
     brought = {canonical(name) for package in known for name in homes.get(package, ())}
     assert set(required) <= brought
 
@@ -177,19 +175,15 @@ def test_exports_are_complete() -> None:
         for node in ast.parse((PACKAGE / "__init__.py").read_text()).body
         if isinstance(node, ast.If)
     )
-    seen_by_checkers = {
-        alias.name: f"{node.module}"
+    seen_by_checkers = [
+        (str(node.module).removeprefix("jaxprune."), alias.name)
         for node in checked.body
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
-    }
-    lazy = [
-        f"{module} {name}" for module, names in jaxprune._MODULES.items() for name in names.split()
     ]
-    assert sorted(lazy) == sorted(
-        f"{module[9:]} {name}" for name, module in seen_by_checkers.items()
-    )
-    assert jaxprune.__all__ == sorted(seen_by_checkers)
+    lazy = [(module, name) for module, names in jaxprune._MODULES.items() for name in names.split()]
+    assert sorted(lazy) == sorted(seen_by_checkers)
+    assert jaxprune.__all__ == sorted(name for _, name in lazy)
 
 
 def test_unknown_export() -> None:

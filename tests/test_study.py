@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections import Counter
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -350,7 +351,8 @@ def test_a_diverged_level_is_marked_and_the_others_go_on(tmp_path):
         broken = jnp.mean(params["hidden_0"]["kernel"] == 0) > 0.85
         return jax.tree.map(lambda g: jnp.where(broken, jnp.nan, -0.1 * g), updates), state
 
-    optimizer, notes = optax.GradientTransformation(optax.sgd(0.1).init, update), []
+    optimizer: Any = optax.GradientTransformation(optax.sgd(0.1).init, update)
+    notes = []
     rows = sweep(
         tmp_path / "run", optimizer=optimizer, granularities=("unit",), seeds=2,
         report=notes.append,

@@ -60,7 +60,8 @@ def prune_curve(
     study = dataclasses.replace(study, protocols=("one_shot",))
     setup = make_setup(network, data, study, task, None, params, state)
     running = Running(setup, Programs(setup), Meter(lambda _: None), (study.levels,))
-    carry = TrainState(*jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (params, state)), ())
+    stacked = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (params, state))
+    carry = TrainState(stacked[0], stacked[1], ())
     batch = setup.batch(keys_of(0).scoring)
     rows = prune_dense(running, Where(0, None, 0, (0.0,)), carry, batch).rows
     place = {float(sparsity_of_level(level)): i for i, level in enumerate(study.levels)}

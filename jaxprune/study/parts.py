@@ -108,7 +108,8 @@ def _smaller(level: TrainState, masks: Masks, setup: Setup) -> Part:
     )
     opt_state = _of_params(plan.shrink, level.opt_state, level.params, setup.optimizer)
     carry = TrainState(plan.params["params"], plan.params["state"], opt_state)
-    return Part(*trees.stack([(carry, plan.masks["params"])]), plan)
+    carry, kept = trees.stack([(carry, plan.masks["params"])])
+    return Part(carry, kept, plan)
 
 
 def expand(parts: Sequence[Part], setup: Setup) -> TrainState:
@@ -160,11 +161,11 @@ def elementwise(carry: TrainState, masks: Masks, setup: Setup) -> bool:
     gradients = jax.tree.map(lambda g, w: g.astype(w.dtype), gradients, level.params)
     try:
         part = _smaller(level, mask, setup)
-        assert part.plan is not None
-        (small,) = trees.unstack(part.carry)
-        shrink = lambda tree: part.plan.shrink({"params": tree})["params"]  # noqa: E731
-        expected = shrink(update(level, gradients))
-        found = update(small, shrink(gradients))
+        (small,), plan = trees.unstack(part.carry), part.plan
+        assert plan is not None
+        tree = {"expected": update(level, gradients), "gradients": gradients}
+        shrunk = {name: plan.shrink({"params": of})["params"] for name, of in tree.items()}
+        found = update(small, shrunk["gradients"])
     # Whatever an optimizer raises of shapes that it did not begin with.
     except (ValueError, TypeError, IndexError, UserWarning):
         return False
@@ -172,5 +173,5 @@ def elementwise(carry: TrainState, masks: Masks, setup: Setup) -> bool:
         np.shape(a) == np.shape(b)
         and np.max(np.abs(np.asarray(a) - np.asarray(b)), initial=0)
         <= _SAME * np.max(np.abs(np.asarray(b)), initial=0)
-        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(shrunk["expected"]), strict=True)
     )
