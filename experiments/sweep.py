@@ -107,7 +107,11 @@ def run(config: Config) -> None:
         f"({time.perf_counter() - started:.0f} s)"
     )
     if lost := [row for row in rows if row.metrics["val_loss"] is None]:
-        raise NotFinite(f"the loss of {len(lost)} of {len(rows)} rows is not finite, see above")
+        row = lost[0]
+        raise NotFinite(
+            f"the loss of {len(lost)} of {len(rows)} rows is not finite, first at epoch "
+            f"{row.epoch}, level {100 * row.target_sparsity:g}%, seed {row.seed} ({row.arm})"
+        )
 
 
 @contextmanager

@@ -20,7 +20,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,13 +41,6 @@ class CorruptCheckpoint(ValueError):
     def __init__(self, path: Path, reason: str):
         super().__init__(f"checkpoint {path} is corrupt: {reason}")
         self.path, self.reason = path, reason
-
-
-class Newest(NamedTuple):
-    """The newest good checkpoint, None where there is none, and the newer ones that are corrupt."""
-
-    path: Path | None
-    corrupt: tuple[CorruptCheckpoint, ...]
 
 
 def check_writable(folder: Path) -> None:
@@ -73,19 +66,18 @@ def check_writable(folder: Path) -> None:
 def save(path: Path, /, **items: PyTree) -> None:
     """Write a checkpoint; until all of it is on disk, `path` does not exist.
 
+    A checkpoint that is there is replaced once the new one is on disk.
+
     Args:
         path: the directory to make. What a killed `save` left of it is replaced.
         **items: trees of arrays of any shape and dtype. A tree with containers other than dict,
             list, tuple and None, such as an optax state, needs a target when it is loaded.
 
     Raises:
-        FileExistsError: `path` exists; `remove` it first.
         ValueError: an item's name is no identifier.
         TypeError: a leaf is not an array of numbers or bools; the message names it.
         OSError: it cannot be written, such as for want of space; nothing is left of it.
     """
-    if path.exists():
-        raise FileExistsError(f"{path} exists: remove it before saving another checkpoint there")
     if wrong := [name for name in items if not name.isidentifier()]:
         raise ValueError(f"an item's name must be an identifier, got {wrong[0]!r}")
     items = {name: _to_host(name, item) for name, item in items.items()}
@@ -96,7 +88,11 @@ def save(path: Path, /, **items: PyTree) -> None:
         _check_space(staged, items)
         entries = {name: _save_item(staged / name, item) for name, item in items.items()}
         _write_manifest(staged, entries)
+        old = path.with_name(f"{path.name}.old.tmp")
+        if path.exists():
+            path.rename(old)
         staged.rename(path)
+        _clear(old)
     except Exception:
         _clear(staged)
         raise
@@ -179,30 +175,6 @@ def contents(path: Path) -> dict[str, dict[str, Any]]:
     if hashlib.sha256(body).hexdigest().encode() != digest:
         raise CorruptCheckpoint(path, f"{_MANIFEST} is not what was saved")
     return json.loads(body)
-
-
-def newest(directory: Path, *names: str) -> Newest:
-    """Find the newest of the checkpoints `0001`, `0002`, … whose named items are good.
-
-    Args:
-        directory: where the checkpoints are; it need not exist.
-        *names: the items that must be there and good (default: all that the checkpoint lists). A
-            checkpoint without them is passed over, not reported.
-
-    Returns:
-        Its path, and an error for every corrupt checkpoint above it, newest first. `remove` those
-        before their epochs are saved again.
-    """
-    corrupt = []
-    epochs = [path for path in directory.glob("*") if path.name.isdecimal()]
-    for path in sorted(epochs, key=lambda path: int(path.name), reverse=True):
-        try:
-            if set(names) <= set(contents(path)):
-                verify(path, *names)
-                return Newest(path, tuple(corrupt))
-        except CorruptCheckpoint as error:
-            corrupt.append(error)
-    return Newest(None, tuple(corrupt))
 
 
 def drop(path: Path, name: str) -> None:

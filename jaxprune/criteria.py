@@ -43,6 +43,9 @@ def magnitude(params: Params) -> Scores:
 def random(params: Params, problem: Problem | None, batch: Batch) -> Scores:
     """Score every weight by a number drawn uniformly from [0, 1), the baseline of every criterion.
 
+    Units, by the norm of the scores of their weights, are random within a layer; through the whole
+    network those with more weights score higher.
+
     Args:
         params: any tree of arrays.
         problem: not looked at.

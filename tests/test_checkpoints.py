@@ -147,10 +147,13 @@ def test_what_cannot_be_saved(tmp_path, items, error, message):
     assert os.listdir(tmp_path) == []
 
 
-def test_save_never_overwrites(path):
-    with pytest.raises(FileExistsError, match="remove it"):
-        checkpoints.save(path, params=MASKS)
+def test_what_is_there_is_replaced_and_stays_where_saving_fails(path):
+    with pytest.raises(TypeError, match="must be of numbers or bools"):
+        checkpoints.save(path, params={"s": np.array(["x"])})
     assert_same(checkpoints.load(path, "params"), PARAMS)
+    checkpoints.save(path, params=MASKS)
+    assert_same(checkpoints.load(path, "params"), MASKS)
+    assert [path.name] == os.listdir(path.parent)
     checkpoints.remove(path)
     assert not list(path.parent.iterdir())
     checkpoints.save(path, params=MASKS)
@@ -218,33 +221,6 @@ def test_only_the_named_items_are_verified(path):
     assert "masks/" in caught.value.reason and "\n" not in str(caught.value)
 
 
-def test_newest_walks_back_past_what_is_broken(tmp_path):
-    assert checkpoints.newest(tmp_path / "nowhere") == (None, ())
-    for epoch in (1, 2, 9, 10):
-        checkpoints.save(tmp_path / f"{epoch:04d}", params=PARAMS)
-    (tmp_path / "notes").mkdir()
-    assert checkpoints.newest(tmp_path) == (tmp_path / "0010", ())
-    (tmp_path / "0010" / "manifest.json").unlink()
-    data = max(files_of(tmp_path / "0009"), key=lambda file: file.stat().st_size)
-    data.write_bytes(data.read_bytes()[:-1])
-    found, corrupt = checkpoints.newest(tmp_path)
-    assert found == tmp_path / "0002"
-    assert [error.path.name for error in corrupt] == ["0010", "0009"]
-    assert "manifest.json" in corrupt[0].reason
-    for error in corrupt:
-        checkpoints.remove(error.path)
-    assert checkpoints.newest(tmp_path) == (tmp_path / "0002", ())
-
-
-def test_newest_with_the_named_items(tmp_path):
-    checkpoints.save(tmp_path / "0001", params=PARAMS, opt_state=PARAMS)
-    checkpoints.save(tmp_path / "0002", params=PARAMS, opt_state=PARAMS)
-    checkpoints.drop(tmp_path / "0002", "opt_state")
-    assert checkpoints.newest(tmp_path).path == tmp_path / "0002"
-    assert checkpoints.newest(tmp_path, "params", "opt_state") == (tmp_path / "0001", ())
-    assert checkpoints.newest(tmp_path, "masks") == (None, ())
-
-
 def test_drop_leaves_the_rest_even_when_killed(path, monkeypatch):
     def killed(*_, **__):
         raise KeyboardInterrupt
@@ -294,9 +270,9 @@ def test_killed_while_saving(tmp_path, moment):
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), moment], check=False)
     assert done.returncode == -signal.SIGKILL
     assert (tmp_path / "0002.tmp").exists()
-    assert checkpoints.newest(tmp_path) == (tmp_path / "0001", ())
+    assert not (tmp_path / "0002").exists()
+    checkpoints.verify(tmp_path / "0001")
     checkpoints.save(tmp_path / "0002", params=PARAMS)
-    assert checkpoints.newest(tmp_path) == (tmp_path / "0002", ())
     assert_same(checkpoints.load(tmp_path / "0002", "params"), PARAMS)
     assert not (tmp_path / "0002.tmp").exists()
 
@@ -351,11 +327,11 @@ def test_folders_are_tried_before_anything_is_trained(tmp_path):
             checkpoints.check_writable(tmp_path / taken)
 
 
-def test_what_is_no_checkpoint_is_passed_over_or_removed(path):
+def test_what_is_no_checkpoint_is_told_and_can_be_removed(path):
     for name in ("0002", "0003.tmp", ".abc.tmp"):
         path.with_name(name).write_text("")
-    found, corrupt = checkpoints.newest(path.parent)
-    assert found == path and [error.path.name for error in corrupt] == ["0002"]
+    with pytest.raises(checkpoints.CorruptCheckpoint):
+        checkpoints.verify(path.with_name("0002"))
     checkpoints.remove(path.with_name("0002"))
     checkpoints.save(path.with_name("0003"), params=PARAMS)
     assert sorted(os.listdir(path.parent)) == [".abc.tmp", "0001", "0003"]

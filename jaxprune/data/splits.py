@@ -94,7 +94,8 @@ def make_data(train: Part, test: Part, val: Part | None = None) -> Data:
     shape, place = train.y.shape, train.y_place
     tokens = len(shape) == 2 and _kind(train.x) == _kind(train.y) == "i" and train.x.shape == shape
     if _kind(train.y) == "f":
-        targets = [_finite(part.y, part.y_place) for part in parts]
+        found = [_finite(part.y, part.y_place) for part in parts]
+        targets = [y[:, None] if y.ndim == 1 else y for y in found]  # as networks return them
     elif _kind(train.y) == "i" and shape in ((len(train.y),), (len(train.y), 1)) and not tokens:
         targets = _classes([part._replace(y=part.y.reshape(-1)) for part in parts])
     elif _kind(train.y) == "i" and len(shape) == 2:

@@ -155,6 +155,7 @@ def mark_guess(metric: Metric, *line: Axes) -> None:
     """Mark what a guess gets that knows nothing, if it is within the panels."""
     if metric.chance is not None:
         for ax in line:
+            ax.autoscale_view()  # now, or it would never be done
             ax.set(autoscale_on=False)
             ax.axhline(metric.chance, **_GUESS)
 

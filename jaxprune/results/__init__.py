@@ -14,6 +14,7 @@ from jaxprune.results.rows import read_log as read_log
 from jaxprune.results.rows import write_csv as write_csv
 from jaxprune.results.runs import FORMAT as FORMAT
 from jaxprune.results.runs import Run as Run
+from jaxprune.results.runs import by_arm as by_arm
 from jaxprune.results.runs import compare_settings as compare_settings
 from jaxprune.results.runs import in_order as in_order
 from jaxprune.results.runs import load_run as load_run

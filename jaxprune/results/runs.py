@@ -223,14 +223,10 @@ class Run:
 
     def _by_arm(self, stage: str, name: str, like: Any, dtype: Any = None) -> dict[str, Any]:
         """Read what all arms have, with an axis of levels; its targets are made of `like`."""
-        if like is not None:
-            from jaxprune import checkpoints
+        from jaxprune import checkpoints
 
-            item = checkpoints.contents(self._checkpoint(stage)).get(name, {})
-            like = {
-                at[0]: _stacked(like, shape[0], dtype) for at, _, shape in item.get("leaves", ())
-            }
-        return self._load(stage, name, like)
+        entries = checkpoints.contents(self._checkpoint(stage))
+        return self._load(stage, name, by_arm(entries, name, like, dtype))
 
     def _load(self, stage: str, item: str, like: Any) -> Any:
         from jaxprune import checkpoints
@@ -301,6 +297,21 @@ def in_order(rows: Sequence[Row], config: dict[str, Any]) -> list[Row]:
 
 def _arm(entry: dict[str, Any]) -> Arm:
     return Arm(*(entry[name] for name in Arm._fields))
+
+
+def by_arm(entries: dict[str, Any], name: str, like: Any, dtype: Any = None) -> Any:
+    """Return the target of an item that holds, by arm, a tree like `like` with a levels axis.
+
+    Args:
+        entries: what `checkpoints.contents` returns.
+        name: of the item.
+        like: arrays or shapes without that axis, or None for no target.
+        dtype: of the leaves; by default those of `like`.
+    """
+    if like is None:
+        return None
+    leaves = entries.get(name, {}).get("leaves", ())
+    return {at[0]: _stacked(like, shape[0], dtype) for at, _, shape in leaves}
 
 
 def _stacked(tree: Any, length: int, dtype: Any = None) -> Any:

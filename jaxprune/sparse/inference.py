@@ -148,6 +148,9 @@ class _Choice(NamedTuple):
 class SparseNetwork:
     """A function of inputs, made by `compile_sparse`: a program for every shape of inputs seen."""
 
+    def __repr__(self) -> str:
+        return f"<SparseNetwork of {getattr(self._apply, '__name__', type(self._apply).__name__)}>"
+
     def __init__(self, apply: Apply, params: Params, masks: Masks, x: Any):
         self._apply = apply
         self._tree = jax.tree.structure(params)

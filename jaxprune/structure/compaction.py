@@ -69,6 +69,11 @@ class Compaction:
         self.params = self.shrink(jax.tree.unflatten(self._tree, leaves))
         self.masks = self.shrink(jax.tree.unflatten(self._tree, self._masks))
 
+    def __repr__(self) -> str:
+        before = sum(int(np.prod(shape)) for shape in self._shapes.values())
+        after = sum(int(np.prod(self._small(path))) for path in self._shapes)
+        return f"<Compaction: {after:,} of {before:,} parameters>"
+
     @cached_property
     def widths(self) -> dict[str, tuple[int, int]]:
         """For every group of the graph, by name, how many units it had and has."""

@@ -59,7 +59,7 @@ def prune_curve(
     network, state = as_network(network), {} if state is None else state
     study = dataclasses.replace(study, protocols=("one_shot",))
     setup = make_setup(network, data, study, task, None, params, state)
-    running = Running(setup, Programs(setup), Meter(lambda _: None), (study.levels,))
+    running = Running(setup, Programs(setup), Meter(lambda _: None), (study.levels,), setup.arms)
     stacked = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (params, state))
     carry = TrainState(stacked[0], stacked[1], ())
     batch = setup.batch(keys_of(0).scoring)

@@ -92,8 +92,8 @@ def _one_shot(
     check_finite(running, where, np.asarray(wrong))
     states, seconds = None, 0.0
     if setup.study.recalibrate and jax.tree.leaves(state):
-        x, key = setup.data.train.x, keys_of(where.seed).scoring
-        order = batch_indices(key, len(x), setup.study.batch_size)[: setup.study.recalibrate]
+        x, (choose, key) = setup.data.train.x, jax.random.split(keys_of(where.seed).recalibration)
+        order = batch_indices(choose, len(x), setup.study.batch_size)[: setup.study.recalibrate]
         states, seconds = clock.time(programs.recalibrate, params, masks, state, x, order, key)
     scored_with = repeat(state, len(pruned)) if states is None else states
     parts = [Part(TrainState(repeat(params, len(pruned)), scored_with, ()), masks)]

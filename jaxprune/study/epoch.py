@@ -29,6 +29,7 @@ class Keys(NamedTuple):
     batches: Key  # with the epoch folded in, the order of its batches
     steps: Key  # with epoch and step folded in, a training step's
     scoring: Key  # the examples that criteria look at
+    recalibration: Key  # the batches that estimate the state anew
 
 
 class Running(NamedTuple):
@@ -38,6 +39,7 @@ class Running(NamedTuple):
     programs: Programs
     meter: Meter
     levels: tuple[tuple[float, ...], ...]  # percent, in batches, in the order in which they came
+    order: tuple[Arm, ...]  # in which arms run: as recorded
 
     @property
     def pruned(self) -> tuple[float, ...]:
@@ -56,7 +58,7 @@ class Running(NamedTuple):
 
     def arms(self, protocol: str) -> list[Arm]:
         """Return the arms of a protocol."""
-        return [arm for arm in self.setup.arms if arm.protocol == protocol]
+        return [arm for arm in self.order if arm.protocol == protocol]
 
 
 class Where(NamedTuple):
@@ -72,7 +74,7 @@ def keys_of(seed: int) -> Keys:
     """Return the keys of a seed."""
     key = jax.random.key(seed)
     init, batches = jax.random.split(key)
-    return Keys(init, batches, jax.random.fold_in(key, 2), jax.random.fold_in(key, 3))
+    return Keys(init, batches, *(jax.random.fold_in(key, i) for i in (2, 3, 4)))
 
 
 def train_epoch(

@@ -140,13 +140,21 @@ def _of_params(
     )
 
 
+def _sum(tree: Any) -> float:
+    return sum(float(np.sum(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(tree))
+
+
 def elementwise(carry: TrainState, masks: Masks, setup: Setup) -> bool:
     """Tell whether the optimizer updates a weight whatever the others are.
 
     One that does not, such as LAMB or Adafactor, trains a smaller network otherwise than the masked
-    one. The first level is updated once whole and once without its pruned units.
+    one. The first finite level is updated once whole and once without its pruned units.
     """
-    level, mask = (trees.unstack(jax.device_get(tree))[0] for tree in (carry, masks))
+    levels = zip(*(trees.unstack(jax.device_get(tree)) for tree in (carry, masks)), strict=True)
+    finite = (pair for pair in levels if np.isfinite(_sum(pair[0].params)))
+    if (found := next(finite, None)) is None:
+        return False
+    level, mask = found
     optimizer = setup.optimizer
 
     def update(level: TrainState, gradients: Any) -> Any:
@@ -154,7 +162,7 @@ def elementwise(carry: TrainState, masks: Masks, setup: Setup) -> bool:
             updates, _ = optimizer.update(gradients, level.opt_state, level.params)
         return updates
 
-    # Any gradients will do that are zero where the masks are.
+    # Any gradients will do that are zero where the masks prune.
     gradients = jax.tree.map(
         lambda w, m: np.where(m, 0.01 * np.sin(100 * w), 0), level.params, mask
     )

@@ -194,7 +194,7 @@ class Record:
             if self.holds(stage, epoch, final if epoch == epochs else state):
                 if epoch <= complete:
                     return epoch
-                self.note(f"rows of {stage} are missing from epoch {complete + 1} on")
+                self.note(f"{stage} runs again: it lacks rows from epoch {complete + 1} on")
         return 0
 
     def _known(self, arm: Arm, seed: int) -> set[tuple[int, float]]:
@@ -226,10 +226,7 @@ class Record:
         """
         if self.folder is None:
             return
-        path = self._path(stage, epoch)
-        if path.exists():  # of the run before arms or levels were added
-            checkpoints.remove(path)
-        checkpoints.save(path, **items)
+        checkpoints.save(self._path(stage, epoch), **items)
         first = {kind: self.config[kind] for kind in self.now}
         others = self.config.setdefault("later_surroundings", [])
         if self.now != first and self.now not in others:
@@ -289,11 +286,24 @@ class Record:
         """Return an item of a checkpoint; see `checkpoints.load`."""
         return checkpoints.load(self._path(stage, epoch), item, target)
 
-    def of_other_arms(self, stage: str, epoch: int, item: str) -> dict[str, Any]:
-        """Return an item by arm that an earlier call with other arms has left."""
+    def of_other_arms(
+        self, stage: str, epoch: int, item: str, like: Any, dtype: Any = None
+    ) -> dict[str, Any]:
+        """Return an item by arm that an earlier call with other arms has left.
+
+        `like` and `dtype` are what an arm has there, without the levels axis.
+        """
         if self.folder is None or not self.holds(stage, epoch, {item}):
             return {}
-        return self.load(stage, epoch, item)
+        entries = checkpoints.contents(self._path(stage, epoch))
+        return self.load(stage, epoch, item, results.by_arm(entries, item, like, dtype))
+
+    def masks_of(self, stage: str, epoch: int) -> dict[str, int]:
+        """Return of how many levels a checkpoint has one-shot masks, by the slug of the arm."""
+        if self.folder is None:
+            return {}
+        leaves = checkpoints.contents(self._path(stage, epoch))["one_shot"]["leaves"]
+        return {at[0]: shape[0] for at, _, shape in leaves}
 
     def holds(self, stage: str, epoch: int, items: set[str]) -> bool:
         """Tell whether a checkpoint has these items, unbroken; a broken one is removed."""

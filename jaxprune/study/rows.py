@@ -66,6 +66,7 @@ def make_rows(
         for name in ("train_seconds", "mask_seconds", "eval_seconds")
     }
     values = {name: np.asarray(value) for name, value in scored.items()}
+    lost = ~np.isfinite(values["val_loss"])  # such a network has no predictions either
     return [
         Row(
             *arm,
@@ -73,7 +74,7 @@ def make_rows(
             epoch=epoch,
             target_sparsity=float(sparsity_of_level(level)),
             **sizes[i],
-            metrics={name: _plain(value[i]) for name, value in values.items()},
+            metrics={n: None if lost[i] else _plain(value[i]) for n, value in values.items()},
             **share,
         )
         for i, level in enumerate(levels)

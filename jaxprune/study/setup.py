@@ -5,7 +5,7 @@ Network, data, settings and task come in; `programs` compiles what is set up her
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -39,6 +39,7 @@ from jaxprune.types import (
 )
 
 _SLOWER_INSIDE = 1.5  # how much slower a compiled loop must run to be made on the host instead
+_MEASURED = 16  # examples with which that is measured
 
 
 class Setup(NamedTuple):
@@ -115,8 +116,6 @@ def make_setup(
     optimizer: optax.GradientTransformation | None,
     params: Params,
     state: State,
-    *,
-    stepped: bool | None = None,
 ) -> Setup:
     """Check everything against everything, and trace the network.
 
@@ -128,7 +127,6 @@ def make_setup(
         optimizer: None for Adam with step size 1e-3.
         params: the parameters, or their shapes and dtypes.
         state: the network's state, likewise.
-        stepped: see `Setup`; None measures it.
 
     Raises:
         ValueError: what does not fit; one line that names it.
@@ -160,9 +158,11 @@ def make_setup(
         joined=together,
         metrics=task.metrics(jax.eval_shape(network.apply, params, state, x)),
         remaining=_remaining(together, state),
-        stepped=_steps_on_host(network, params, state, x) if stepped is None else stepped,
+        stepped=_steps_on_host(network, params, state, x),
         params=jax.eval_shape(lambda tree: tree, params),
     )
+    if "val_loss" not in [metric.name for metric in setup.metrics]:
+        raise ValueError(f"task {task.name} must measure val_loss, the validation loss, too")
     _check_arms(setup)
     return setup
 
@@ -250,19 +250,26 @@ def _remaining(together: Joined, state: State) -> Callable[[Masks], int]:
 
 
 def _steps_on_host(network: Network, params: Params, state: State, x: Any) -> bool:
-    """Measure whether the network runs slower inside of a compiled loop.
+    """Measure whether training would be slower inside of a compiled loop.
 
-    On a CPU, XLA runs a convolution inside of a loop some ten times slower than outside (jax 0.10).
+    On a CPU, XLA computes gradients of convolutions some ten times slower inside of a loop than
+    outside (jax 0.10). Those of the largest convolution of the network are computed both ways.
     """
     if jax.default_backend() != "cpu":
         return False
-    traced = jax.make_jaxpr(network.apply)(params, state, x)
-    if not _convolves(traced.jaxpr):
+    some = jax.ShapeDtypeStruct((_MEASURED, *x.shape[1:]), x.dtype)
+    found = list(_convolutions(jax.make_jaxpr(network.apply)(params, state, some).jaxpr))
+    if not found:
         return False
-    values = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), (params, state))
-    batches = jnp.asarray(np.resize(x, (2, 64, *x.shape[1:])))
-    alone = jax.jit(network.apply)
-    inside = jax.jit(lambda p, s, xs: jax.lax.map(lambda x: network.apply(p, s, x), xs))
+    largest = max(found, key=lambda eqn: eqn.outvars[0].aval.size * eqn.invars[1].aval.size)
+    ones = [jnp.ones(operand.aval.shape, operand.aval.dtype) for operand in largest.invars]
+
+    def gradients(operands: Any) -> Any:
+        out, pull = jax.vjp(lambda *xs: largest.primitive.bind(*xs, **largest.params), *operands)
+        return list(pull(out))
+
+    def inside(operands: Any, times: Any) -> Any:
+        return jax.lax.fori_loop(0, times, lambda _, operands: gradients(operands), operands)
 
     def seconds(f: Callable, *args: Any) -> float:
         jax.block_until_ready(f(*args))
@@ -273,20 +280,20 @@ def _steps_on_host(network: Network, params: Params, state: State, x: Any) -> bo
             times.append(time.perf_counter() - started)
         return min(times)
 
-    return seconds(inside, *values, batches) > _SLOWER_INSIDE * 2 * seconds(
-        alone, *values, batches[0]
-    )
+    alone = seconds(jax.jit(gradients), ones)
+    return seconds(jax.jit(inside), ones, jnp.int32(1)) > _SLOWER_INSIDE * alone
 
 
-def _convolves(jaxpr: Jaxpr) -> bool:
-    """Tell whether a program, or one that it calls, has a convolution."""
+def _convolutions(jaxpr: Any) -> Iterator[Any]:
+    """Yield the convolutions of a program and of those that it calls."""
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "conv_general_dilated":
-            return True
+        if eqn.primitive.name == "conv_general_dilated" and all(
+            jnp.issubdtype(operand.aval.dtype, jnp.floating) for operand in eqn.invars
+        ):
+            yield eqn
         for value in jax.tree.leaves(
             eqn.params, is_leaf=lambda leaf: isinstance(leaf, ClosedJaxpr | Jaxpr)
         ):
             inner = value.jaxpr if isinstance(value, ClosedJaxpr) else value
-            if isinstance(inner, Jaxpr) and _convolves(inner):
-                return True
-    return False
+            if isinstance(inner, Jaxpr):
+                yield from _convolutions(inner)

@@ -97,6 +97,12 @@ def _find_start(running: Running, record: Record, seed: int) -> Start:
     stage = dense_stage(seed)
     final = {"params", "state", "one_shot", "predictions"}
     dense = record.resume(stage, final, {"predictions", *state}, expected)
+    if dense == running.setup.study.epochs and running.pruned:
+        there = record.masks_of(stage, dense)
+        wanted = {arm.slug for arm in running.arms("one_shot")}
+        # Killed after the last rows of added arms or levels, and before their masks were saved.
+        if any(there.get(slug) != len(running.pruned) for slug in wanted):
+            dense = 0
     branching = 0 in trained.values()
     if branching and 0 < branch <= dense and not record.holds(stage, branch, state):
         record.note(f"{stage} starts again: its state after epoch {branch} is needed, and gone")
@@ -133,9 +139,9 @@ def _run_dense(
         kept = record.load(stage, start.dense, "predictions")
         predictions = [] if kept is None else [*kept]
         if start.branching and 0 < at <= start.dense:
-            branch = _load_carry(running, record, stage, at, 1)
+            branch = _load_carry(running, record, stage, at)
         if start.dense < epochs:
-            carry = _load_carry(running, record, stage, start.dense, 1)
+            carry = _load_carry(running, record, stage, start.dense)
     for epoch in range(start.dense + 1, epochs + 1):
         where = Where(seed, None, epoch, (0.0,))
         parts = [Part(carry, keep_all(carry.params))]
@@ -150,9 +156,11 @@ def _run_dense(
         items = trees.unstack(carry)[0]._asdict()
         items["predictions"] = np.stack(predictions) if predictions else None
         if epoch == epochs:
-            items["one_shot"] = record.of_other_arms(stage, epoch, "one_shot") | pruned.masks
+            before = record.of_other_arms(stage, epoch, "one_shot", setup.params, bool)
+            items["one_shot"] = before | pruned.masks
             if setup.study.recalibrate:
-                before = record.of_other_arms(stage, epoch, "one_shot_state")
+                like = setup.joined.abstract["state"]
+                before = record.of_other_arms(stage, epoch, "one_shot_state", like)
                 items["one_shot_state"] = before | pruned.states
         needed = f"{stage}/{at:04d}" if running.arms("trained") else None
         record.save(stage, epoch, needed, **items)
@@ -189,25 +197,34 @@ def _run_trained(
     pruned = tuple(level for level in running.levels[stage.number] if level)
     if stage.start:
         carry = _load_carry(running, record, name, stage.start, len(pruned))
-        masks = jax.tree.map(jnp.asarray, record.load(name, stage.start, "masks"))
+        n, shapes = len(pruned), running.setup.params
+        target = jax.tree.map(lambda w: jax.ShapeDtypeStruct((n, *w.shape), bool), shapes)
+        masks = jax.tree.map(jnp.asarray, record.load(name, stage.start, "masks", target))
     else:
         assert branch is not None
         carry = jax.tree.map(lambda x: jnp.repeat(x, len(pruned), axis=0), branch)
         masks = keep_all(carry.params, len(pruned))
     parts, updates = [Part(carry, masks)], _updates(running, arm, pruned)
-    steps, failed = running.steps, np.zeros(len(pruned), bool)
+    steps, failed, whole = running.steps, np.zeros(len(pruned), bool), False
     for epoch in range(max(stage.start, running.branch) + 1, epochs + 1):
         where = Where(seed, arm, epoch, pruned)
         first = (epoch - running.branch - 1) * steps
         due = {step - first: n for step, n in updates.items() if 0 <= step - first < steps}
-        if arm.granularity == "unit" and not due:  # the masks stay, and the smaller networks too
-            parts = _compacted(running, record, parts)
+        if arm.granularity == "unit" and not due and not whole and parts[0].plan is None:
+            parts = _compacted(running, record, parts)  # resumed after the last update
+            whole = parts[0].plan is None
         parts, losses, spent = train_epoch(running, where, parts, due, failed, stage.batch)
-        scored_parts = parts
-        # The widths between two updates are not worth compiling for.
-        if arm.granularity == "unit" and max(updates) < first + steps and parts[0].plan is None:
-            carry = parts[0].carry._replace(opt_state=())
-            scored_parts = levels_of.compact(carry, parts[0].masks, running.setup)
+        # After the last update the masks stay, and so do the smaller networks; the widths before
+        # are not worth compiling for.
+        scored_parts, settled = parts, max(updates) < first + steps
+        if arm.granularity == "unit" and settled and parts[0].plan is None:
+            if not whole:
+                masks, parts = parts[0].masks, _compacted(running, record, parts)
+                whole = parts[0].plan is None
+            scored_parts = parts
+            if whole:
+                carry = parts[0].carry._replace(opt_state=())
+                scored_parts = levels_of.compact(carry, masks, running.setup)
         reference = None
         if stage.predictions is not None:
             reference = jnp.asarray(stage.predictions[epoch - 1])
@@ -249,17 +266,17 @@ def _compacted(running: Running, record: Record, parts: list[Part]) -> list[Part
 
 
 def _load_carry(
-    running: Running, record: Record, stage: str, epoch: int, levels: int
+    running: Running, record: Record, stage: str, epoch: int, levels: int | None = None
 ) -> TrainState:
-    """Return a saved state with a levels axis; a dense one is saved without."""
-    setup, dense = running.setup, stage.startswith("dense-")
+    """Return a saved state with a levels axis; the dense stage's, saved without, gets one."""
+    setup = running.setup
 
     def make() -> TrainState:
         carry = init_state(setup.network, jax.random.key(0), setup.optimizer)
-        return carry if dense else repeat(carry, levels)
+        return carry if levels is None else repeat(carry, levels)
 
     target = jax.eval_shape(make)._asdict()
     found = TrainState(
         **{name: record.load(stage, epoch, name, tree) for name, tree in target.items()}
     )
-    return jax.tree.map(jnp.asarray, trees.stack([found]) if dense else found)
+    return jax.tree.map(jnp.asarray, trees.stack([found]) if levels is None else found)

@@ -12,14 +12,16 @@ import optax
 
 from jaxprune import results, trees
 from jaxprune.config import Arm, Study, phases
-from jaxprune.data import Data, digest
+from jaxprune.data import Data, Split, digest
+from jaxprune.evaluate import make_score
 from jaxprune.identity import Identity, combine, fingerprint
 from jaxprune.results import Row
+from jaxprune.study.epoch import Running, repeat
 from jaxprune.study.programs import Programs
 from jaxprune.study.progress import Meter, Report, lines
 from jaxprune.study.record import Record
 from jaxprune.study.setup import Setup, make_setup
-from jaxprune.study.stages import UPDATES_PER_EPOCH, Running, run
+from jaxprune.study.stages import UPDATES_PER_EPOCH, run
 from jaxprune.train import init_state, make_step
 from jaxprune.types import Network, Task
 
@@ -75,6 +77,8 @@ def run_sweep(
         [('one_shot', 0.0), ('one_shot', 0.9), ('trained', 0.0), ('trained', 0.9)]
     """
     report = report or lines()
+    if not isinstance(network, Network):
+        raise TypeError("network must be a Network: jp.network(init, apply) makes one")
     if not 1 <= study.batch_size <= len(data.train.x):
         raise ValueError(
             f"batch_size must be in [1, {len(data.train.x)}], the size of the training set, "
@@ -89,9 +93,11 @@ def run_sweep(
     config = _config(setup, identities, digest(data), settings or {})
     record = Record(folder, config, report)
     with contextlib.closing(record):
-        setup = setup._replace(stepped=record.config["stepped"])  # as the run was begun
+        # As the run was begun.
+        setup = setup._replace(stepped=record.config.get("stepped", setup.stepped))
         programs = Programs(setup)
-        run(Running(setup, programs, Meter(report), record.levels), record)
+        order = tuple(arm for arm in record.arms if arm in setup.arms)
+        run(Running(setup, programs, Meter(report), record.levels, order), record)
         record.add_seconds("compilation", programs.clock.compiling)
         record.config["compilations"] += programs.clock.count
         return record.finish()
@@ -122,7 +128,7 @@ def _config(
         }
         for arm in setup.arms
     ]
-    network = {name: identities[name] for name in ("init", "step", "apply")}
+    network = {name: identities[name] for name in ("init", "step", "score")}
     return {
         "settings": results.plain(settings | more),
         "identity": combine(**network),
@@ -142,10 +148,12 @@ def _identities(setup: Setup, state: Any) -> dict[Any, Identity]:
     carry = jax.eval_shape(lambda key: init_state(network, key, setup.optimizer), key)
     masks = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, bool), setup.params)
     step = make_step(network, setup.task, setup.optimizer)
+    level = jax.eval_shape(lambda *trees: repeat(trees, 1), setup.params, state, masks)
+    split = Split(batch.x, batch.y)
     found: dict[Any, Identity] = {
-        "init": fingerprint(network.init, key),
+        "init": fingerprint(lambda key: init_state(network, key, setup.optimizer), key),
         "step": fingerprint(step, carry, masks, batch.x, batch.y, key),
-        "apply": fingerprint(network.apply, setup.params, state, batch.x),
+        "score": fingerprint(make_score(network, setup.task), *level, split, split, None),
     }
     for name in setup.criteria:
         arm = Arm(name, *setup.arms[0][1:])
