@@ -20,7 +20,8 @@ from jaxprune.config import Arm, Study
 from jaxprune.data import Data, Split
 from jaxprune.evaluate import evaluate_levels
 from jaxprune.networks import NETWORKS, Example
-from jaxprune.trees import stack
+from jaxprune.study import setup
+from jaxprune.trees import paths_and_leaves, stack
 from tests.studies import assert_same_rows, silent
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -113,11 +114,11 @@ def equinox(fashion_mnist, folder):
     for size in (800, 100, 200):
         x = rng.normal(size=(size, 4)).astype(np.float32)
         splits.append(Split(x, np.stack([x[:, 0] + x[:, 1], np.sin(x[:, 2])], 1)))
-    return Given(network, Data(*splits), Study(levels=(0.0, 50.0), epochs=3, batch_size=32))
+    study = Study(levels=(0.0, 50.0), epochs=3, batch_size=32, granularities=("unit",))
+    return Given(network, Data(*splits), study)
 
 
 GIVEN = {f.__name__: f for f in (normed, resnet, dropped, transformer, equinox)}
-STEPPED = {"normed": True, "resnet": True, "dropped": False}
 
 
 # A run of each -------------------------------------------------------------------------------
@@ -148,21 +149,21 @@ def of(*names):
 @pytest.fixture(scope="module")
 def done(request, fashion_mnist, tmp_path_factory, compiled_once):
     """A run; those with BatchNorm are stopped in the middle, with smaller networks in training."""
-    folder = tmp_path_factory.mktemp(request.param)
-    given = GIVEN[request.param](fashion_mnist, folder)
+    name, folder = request.param, tmp_path_factory.mktemp(request.param)
+    given = GIVEN[name](fashion_mnist, folder)
 
     def stop(what):
         if not isinstance(what, str) and (what.arm, what.epoch) == (UNIT, 3):
             raise KeyboardInterrupt
 
-    if request.param in ("normed", "resnet"):
-        with pytest.raises(KeyboardInterrupt):
-            sweep(given, folder / "run", stop)
-        assert len(jp.load_run(folder / "run").rows)
-    rows = sweep(given, folder / "run")
-    run = jp.load_run(folder / "run")
-    assert run.rows == rows
-    return Done(given, run)
+    with pytest.MonkeyPatch.context() as patch:
+        if name in ("normed", "dropped"):  # too small for the measurement to be always the same
+            patch.setattr(setup, "_steps_on_host", lambda *_: name == "normed")
+        if name in ("normed", "resnet"):
+            with pytest.raises(KeyboardInterrupt):
+                sweep(given, folder / "run", stop)
+        sweep(given, folder / "run")
+        yield Done(given, jp.load_run(folder / "run"))
 
 
 @of("normed", "resnet")
@@ -193,63 +194,96 @@ def test_loaded_networks_score_under_masks_as_their_rows_say(done):
 
 
 def test_magnitude_and_saliency_are_above_random_on_fashion_mnist(fashion_mnist):
-    few = images(fashion_mnist, 6000, 200, 1000, every=1)
+    few = images(fashion_mnist, 4000, 200, 1000, every=1)
     network = NETWORKS["mlp"](Example(few.train.x[:2], 10), hidden_sizes=(64, 32))
     criteria = ("magnitude", "saliency", "random")
     study = Study(levels=(0.0, 80.0), seeds=2, criteria=criteria, protocols=("one_shot",),
                   granularities=("weight",), batch_size=64)  # fmt: skip
-    rows = sweep(Given(network, few, study, 2e-3))
+    rows = sweep(Given(network, few, study, 3e-3))
     arms = {row.criterion: row.arm for row in rows}
     for name in ("magnitude", "saliency"):
         mean, _ = results.difference(rows, arms[name], arms["random"], 0.8, "accuracy")
-        print(
-            name,
-            mean,
-            [
-                (r.seed, r.criterion, r.target_sparsity, r.metrics["accuracy"])
-                for r in rows
-                if r.epoch == 2
-            ],
-        )
-        assert mean > 0.1
+        assert mean > 0.15
+
+
+def different(one, other):
+    """Tell whether all leaves of two trees differ."""
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return all(np.shape(a) == np.shape(b) and not np.array_equal(a, b) for a, b in pairs)
+
+
+def equal(one, other):
+    return jax.tree.all(jax.tree.map(np.array_equal, one, other))
 
 
 @of("normed", "resnet")
-def test_the_state_of_batchnorm_is_trained_with_each_level(done):
+def test_each_level_has_a_state_of_its_own_and_steps_run_on_the_host(done):
     run, one_shot = done.run, UNIT._replace(protocol="one_shot")
-    dense, state = run.network(UNIT, 0, 0).state, run.network(UNIT, 0, 50).state
     assert run.config["stepped"]
-    init = done.given.network.init(jax.random.key(0))[1]
-    assert jax.tree.map(np.shape, state) == jax.tree.map(np.shape, init)
-    same = jax.tree.map(lambda a, b: bool(np.any(a == b)), state, dense)
-    assert not any(jax.tree.leaves(same))
-    for a, b in zip(
-        *map(jax.tree.leaves, (run.network(one_shot, 0, 50).state, dense)), strict=True
-    ):
-        np.testing.assert_array_equal(a, b)
+    first = done.given.network.init(jax.random.key(0))[1]
+    dense, pruned = (run.network(UNIT, 0, level).state for level in (0, 50))
+    assert different(dense, first) and different(pruned, first) and different(pruned, dense)
+    assert equal(run.network(one_shot, 0, 50).state, dense)
+    for level in run.config["levels"][0]:
+        params, state, masks = run.network(UNIT, 0, level)
+        for path, mask in paths_and_leaves(masks):
+            if path.endswith("norm/scale"):  # a unit takes its running statistics along
+                layer = path.removesuffix("/scale")
+                statistics = dict(paths_and_leaves(state))
+                for name in ("mean", "var"):
+                    assert not np.any(statistics[f"batch_stats/{layer}/{name}"][~mask])
 
 
 @of("normed")
-def test_recalibration_changes_one_shot_networks_and_their_state(done, tmp_path):
-    given = done.given._replace(
-        study=dataclasses.replace(done.given.study, recalibrate=4, protocols=("one_shot",))
-    )
-    sweep(given, tmp_path / "run")
-    run = jp.load_run(tmp_path / "run")
-    ...
+def test_recalibration_changes_one_shot_networks_and_the_state_that_is_returned(done, tmp_path):
+    given, arm = done.given, UNIT._replace(protocol="one_shot")
+    study = dataclasses.replace(given.study, recalibrate=4, protocols=("one_shot",))
+    rows = sweep(given._replace(study=study), tmp_path)
+    run = jp.load_run(tmp_path)
+    assert run.config["settings"]["recalibrate"] == 4
+    before = [row for row in done.run.rows if row.arm == arm]
+    for row, old in zip(rows, before, strict=True):
+        same = row.target_sparsity == 0
+        assert (row.metrics == old.metrics) == same and row.remaining == old.remaining
+    dense, pruned = run.network(arm, 0, 0), run.network(arm, 0, 50)
+    assert equal(dense.params, pruned.params) and different(dense.state, pruned.state)
+    params, state, masks = stack([dense, pruned])
+    found, _ = evaluate_levels(given.network, params, masks, given.data, state=state)
+    expected = [row.metrics["loss"] for row in rows if row.epoch == 3]
+    np.testing.assert_allclose(found["loss"], expected, rtol=1e-4)
+
+
+@of("dropped")
+def test_dropout_draws_in_training_alone(done):
+    network, x = done.given.network, done.given.data.test.x
+    params, state, _ = done.run.network(UNIT, 0, 0)
+    trained = [network.train(params, state, x, jax.random.key(i))[0] for i in (0, 0, 1)]
+    assert equal(trained[0], trained[1]) and different(trained[0], trained[2])
+    assert equal(network.apply(params, state, x), network.apply(params, state, x))
 
 
 @of("transformer")
-def test_tokens_are_the_default_task_and_perplexity_falls(done):
-    run = done.run
+def test_tokens_are_the_default_task_and_perplexity_falls_below_the_vocabulary(done):
+    run, vocabulary = done.run, data.outputs_of(done.given.data)
     assert run.config["settings"]["task"] == "tokens"
-    vocabulary = data.outputs_of(done.given.data)
-    for row in run.rows:
-        if row.epoch == 3:
-            print(row.arm, row.metrics["perplexity"], vocabulary)
+    assert run.metrics[0].name == "perplexity" and run.metrics[0].chance == vocabulary
+    last = [row.metrics["perplexity"] for row in run.rows if row.epoch == 3]
+    assert len(last) == 8 and max(last) < vocabulary / 2
 
 
 @of("equinox")
-def test_units_of_kernels_that_are_outputs_by_inputs(done):
+def test_numbers_are_learnt_and_units_are_outputs_of_kernels_outputs_by_inputs(done):
     run = done.run
-    ...
+    assert run.config["settings"]["task"] == "regression"
+    rows = {row.target_sparsity: row for row in run.rows if row.arm == UNIT and row.epoch == 3}
+    assert rows[0.0].metrics["r2"] > 0.9 and rows[0.5].metrics["r2"] > 0.3
+    target = jax.eval_shape(done.given.network.init, jax.random.key(0))
+    _, _, masks = run.network(UNIT, 0, 50, target)
+    for layer in masks.layers[:2]:
+        kept = layer.bias
+        assert layer.weight.shape[0] == 16 and kept.sum() == 8
+        np.testing.assert_array_equal(
+            layer.weight, np.repeat(kept[:, None], layer.weight.shape[1], 1)
+        )
+    assert masks.layers[2].weight.all() and masks.layers[2].bias.all()
+    assert rows[0.5].remaining == 8 * 5 + 8 * 9 + 2 * 9
