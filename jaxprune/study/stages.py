@@ -254,9 +254,7 @@ def _updates(running: Running, arm: Arm, pruned: Sequence[float]) -> dict[int, C
 
 def _compacted(running: Running, record: Record, parts: list[Part]) -> list[Part]:
     """Take the pruned units out, if the optimizer trains what is left as it does the whole."""
-    setup, (carry, masks, plan) = running.setup, parts[0]
-    if plan is not None:
-        return parts
+    setup, (carry, masks, _) = running.setup, parts[0]
     if not levels_of.elementwise(carry, masks, setup):
         record.note_once(
             "the optimizer does not update each weight by itself: units stay, masked, in training"
