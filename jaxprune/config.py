@@ -5,7 +5,9 @@ network, data and optimizer. Every field is a flag of `experiments/sweep.py`.
 """
 
 import dataclasses
+import hashlib
 import math
+import operator
 import urllib.parse
 from collections import Counter
 from decimal import Decimal
@@ -21,6 +23,9 @@ LEVELS = (0.0, 25.0, 50.0, 60.0, 70.0, 80.0, 90.0, 95.0, 97.0, 99.0)
 GRANULARITIES = ("weight", "unit")
 SCOPES = ("layer", "global")
 PROTOCOLS = ("one_shot", "trained")
+_LEAST = {**dict.fromkeys(("seeds", "epochs", "batch_size", "score_batch", "levels_at_once"), 1),
+          "recalibrate": 0}  # fmt: skip
+_SLUG = 150  # characters; most file systems take names of up to 255 bytes
 
 
 class NotFinite(ArithmeticError):
@@ -40,8 +45,11 @@ class Arm(NamedTuple):
 
     @property
     def slug(self) -> str:
-        """The name of the arm's files."""
-        return "-".join(urllib.parse.quote(part, safe="(),=") for part in self)
+        """The name of the arm's files; of a long one the end is a digest."""
+        name = "-".join(urllib.parse.quote(part, safe="(),=") for part in self)
+        if len(name) <= _SLUG:
+            return name
+        return f"{name[: _SLUG - 17]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +60,7 @@ class Study:
     """
 
     levels: tuple[float, ...] = LEVELS
-    """Sparsities to prune to, in percent of the weights or units of each layer."""
+    """Sparsities to prune to, in percent of the prunable weights, or of the units."""
 
     seeds: int = 1
     """Number of seeds, 0 to N-1."""
@@ -76,10 +84,10 @@ class Study:
     """Examples in a training batch; an epoch's last partial batch is dropped."""
 
     score_batch: int = 512
-    """Training examples that a criterion looks at, drawn once a seed."""
+    """Training examples that a criterion looks at, drawn once a seed; at most all."""
 
     recalibrate: int = 0
-    """Training batches that re-estimate running statistics (BatchNorm's) of one_shot networks."""
+    """Training batches, at most an epoch, that re-estimate BatchNorm's statistics of one_shot."""
 
     levels_at_once: int | None = None
     """Levels computed side by side. Default: all on an accelerator, one by one on a CPU."""
@@ -103,11 +111,12 @@ class Study:
         check_choices("granularities", self.granularities, GRANULARITIES)
         check_choices("scopes", self.scopes, SCOPES)
         check_choices("protocols", self.protocols, PROTOCOLS)
-        check_at_least(1, seeds=self.seeds, epochs=self.epochs, batch_size=self.batch_size)
-        check_at_least(1, score_batch=self.score_batch)
-        check_at_least(0, recalibrate=self.recalibrate)
-        if self.levels_at_once is not None:
-            check_at_least(1, levels_at_once=self.levels_at_once)
+        for name, least in _LEAST.items():
+            value: Any = getattr(self, name)
+            if value is None and name == "levels_at_once":
+                continue
+            check_at_least(least, **{name: value})
+            object.__setattr__(self, name, operator.index(value))  # JSON knows none of NumPy's
 
     def arms(self, criteria: tuple[str, ...]) -> tuple[Arm, ...]:
         """Return all arms of criteria of these names, in the order in which they run."""

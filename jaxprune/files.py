@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and functions found by name in a user's files."""
+"""Files written whole or not at all, files held, and functions found in a user's files."""
 
 import contextlib
 import importlib
@@ -6,7 +6,7 @@ import os
 import secrets
 import sys
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 def write(path: Path, data: bytes | str) -> None:
@@ -41,6 +41,25 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def lock(path: Path) -> IO[str]:
+    """Hold a file against other processes until it is closed; nothing where the system cannot.
+
+    Raises:
+        ValueError: another process holds it.
+        OSError: it cannot be written.
+    """
+    file = path.open("w")
+    with contextlib.suppress(ImportError):
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise ValueError(f"{path.parent} is being written by another process") from None
+    return file
 
 
 def import_function(spec: str) -> Any:

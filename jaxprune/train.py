@@ -4,17 +4,22 @@ Static settings go into the factory, everything that may be swept is an argument
 the result between updates of the masks; `evaluate` scores what comes out.
 """
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from jaxprune import trees
 from jaxprune.masks import apply_masks
 from jaxprune.tasks import classification, mean_loss
 from jaxprune.types import Array, Key, Masks, Network, Params, State, Task
+
+_SLOWER_INSIDE = 1.5  # how much slower a compiled loop must run to be made on the host instead
+_MEASURED = 16  # examples with which that is measured
 
 
 class TrainState(NamedTuple):
@@ -229,3 +234,59 @@ def batch_indices(key: Key, examples: int, batch_size: int) -> Array:
     steps = examples // batch_size
     order = jax.random.permutation(key, examples)[: steps * batch_size]
     return order.reshape(steps, batch_size).astype(jnp.int32)
+
+
+def steps_on_host(network: Network, params: Params, state: State, x: Any) -> bool:
+    """Measure whether training would be slower inside of a compiled loop: see `make_train`.
+
+    On a CPU, XLA computes gradients of convolutions some ten times slower inside of a loop than
+    outside (jax 0.10). Those of the largest convolution of the network are computed both ways.
+
+    Args:
+        network: the network.
+        params: its parameters, or their shapes and dtypes.
+        state: its state, likewise.
+        x: inputs, of which only shape and dtype are read.
+    """
+    if jax.default_backend() != "cpu":
+        return False
+    some = jax.ShapeDtypeStruct((_MEASURED, *x.shape[1:]), x.dtype)
+    found = list(_convolutions(jax.make_jaxpr(network.apply)(params, state, some).jaxpr))
+    if not found:
+        return False
+    largest = max(found, key=lambda eqn: eqn.outvars[0].aval.size * eqn.invars[1].aval.size)
+    ones = [jnp.ones(operand.aval.shape, operand.aval.dtype) for operand in largest.invars]
+
+    def gradients(operands: Any) -> Any:
+        out, pull = jax.vjp(lambda *xs: largest.primitive.bind(*xs, **largest.params), *operands)
+        return list(pull(out))
+
+    def inside(operands: Any, times: Any) -> Any:
+        return jax.lax.fori_loop(0, times, lambda _, operands: gradients(operands), operands)
+
+    def seconds(f: Callable, *args: Any) -> float:
+        jax.block_until_ready(f(*args))
+        times = []
+        for _ in range(3):
+            started = time.perf_counter()
+            jax.block_until_ready(f(*args))
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    alone = seconds(jax.jit(gradients), ones)
+    return seconds(jax.jit(inside), ones, jnp.int32(1)) > _SLOWER_INSIDE * alone
+
+
+def _convolutions(jaxpr: Any) -> Iterator[Any]:
+    """Yield the convolutions of a program and of those that it calls."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "conv_general_dilated" and all(
+            jnp.issubdtype(operand.aval.dtype, jnp.floating) for operand in eqn.invars
+        ):
+            yield eqn
+        for value in jax.tree.leaves(
+            eqn.params, is_leaf=lambda leaf: isinstance(leaf, ClosedJaxpr | Jaxpr)
+        ):
+            inner = value.jaxpr if isinstance(value, ClosedJaxpr) else value
+            if isinstance(inner, Jaxpr):
+                yield from _convolutions(inner)

@@ -5,6 +5,7 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -184,6 +185,17 @@ def test_bad_types(given, message):
         object.__setattr__(study, field.name, given.get(field.name, field.default))
     with pytest.raises(TypeError, match=message):
         study.__post_init__()
+
+
+def test_whole_numbers_of_numpy_become_pythons():
+    study = Study(seeds=np.int64(2), batch_size=np.int32(8))  # pyright: ignore[reportArgumentType]
+    assert json.loads(json.dumps([study.seeds, study.batch_size])) == [2, 8]
+
+
+def test_the_name_of_an_arms_files_is_short_and_its_own():
+    long, other = (Arm("c" * 300 + end, "weight", "layer", "one_shot") for end in "ab")
+    assert len(long.slug) == len(other.slug) == 150 and long.slug != other.slug
+    assert Arm("mine=2", "unit", "global", "trained").slug == "mine=2-unit-global-trained"
 
 
 def test_imports_no_jax():

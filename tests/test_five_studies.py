@@ -158,7 +158,7 @@ def done(request, fashion_mnist, tmp_path_factory, compiled_once):
 
     with pytest.MonkeyPatch.context() as patch:
         if name in ("normed", "dropped"):  # too small for the measurement to be always the same
-            patch.setattr(setup, "_steps_on_host", lambda *_: name == "normed")
+            patch.setattr(setup, "steps_on_host", lambda *_: name == "normed")
         if name in ("normed", "resnet"):
             with pytest.raises(KeyboardInterrupt):
                 sweep(given, folder / "run", stop)

@@ -26,8 +26,8 @@ PACKAGE = ROOT / "jaxprune"
 ORDER = (
     "config types trees files data networks tasks granularity distribution select masks structure "
     "identity criteria schedules train evaluate sparse checkpoints results figures report "
-    "study.joined study.setup study.programs study.parts study.progress study.rows study.epoch "
-    "study.dense study.record study.stages study.sweep study.curve study"
+    "study.setup study.parts study.programs study.progress study.epoch study.dense study.record "
+    "study.stages study.sweep study"
 ).split()
 OPTIONAL = {package for packages in jaxprune._EXTRAS.values() for package in packages.split()}
 FILES = {

@@ -156,8 +156,9 @@ def test_arms_and_levels_are_added_to_a_finished_run(full, tmp_path):
 def test_checkpoints_are_thinned_out(full):
     folder, _ = full
     found = checkpoints_of(folder)
-    weight, unit = (arm("trained", granularity).slug for granularity in ("weight", "unit"))
-    last = {f"{stage}-seed{seed}/0005" for seed in (0, 1) for stage in ("dense", weight, unit)}
+    unit = arm("trained", "unit").slug
+    arms = [arm(p, g).slug for p in ("one_shot", "trained") for g in ("weight", "unit")]
+    last = {f"{stage}-seed{seed}/0005" for seed in (0, 1) for stage in ("dense", *arms)}
     assert last < found and len(found) == len(last) + 1
     whole = {
         name for name in found if "opt_state" in checkpoints.verify(folder / "checkpoints" / name)
@@ -175,7 +176,11 @@ def flip(path, name):
 
 @pytest.mark.parametrize(
     ("stage", "item"),
-    [("magnitude-unit-layer-trained-seed1", "params"), ("dense-seed1", "params")],
+    [
+        ("magnitude-unit-layer-trained-seed1", "params"),
+        ("magnitude-unit-layer-one_shot-seed1", "masks"),
+        ("dense-seed1", "params"),
+    ],
 )
 def test_a_corrupt_checkpoint_is_noted_and_computed_again(full, tmp_path, stage, item):
     folder, expected = full
@@ -243,7 +248,7 @@ MINUS = named(lambda params: jax.tree.map(lambda w: -jnp.abs(w), params), "by_sq
         ({"criteria": (MINUS,)}, ["the code of criterion by_square"]),
         ({"criteria": (MINUS,), "seeds": 2}, ["the code of criterion by_square"]),
     ],
-    ids=str,
+    ids=", ".join,
 )
 def test_a_run_made_otherwise_is_refused_by_name(tmp_path, change, words):
     folder = tmp_path / "run"

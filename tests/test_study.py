@@ -223,8 +223,8 @@ def test_smaller_networks_train_and_score_as_masked_ones():
     smaller = parts.compact(carry, masks, setup)
     shapes = [[leaf.shape for leaf in jax.tree.leaves(part.carry.params)] for part in smaller]
     assert shapes == [[(1, 8, n), (1, n, m), (1, m, 3)] for n, m in ((12, 9), (4, 3))]
-    trained, losses, _ = parts.train(smaller, setup, programs, *args)
-    whole, masked_losses, _ = parts.train([parts.Part(carry, masks)], setup, programs, *args)
+    trained, losses, _ = programs.train(smaller, *args)
+    whole, masked_losses, _ = programs.train([parts.Part(carry, masks)], *args)
     np.testing.assert_allclose(losses, masked_losses, rtol=1e-4)
     small = parts.expand(trained, setup)
     masked = whole[0].carry
@@ -237,8 +237,8 @@ def test_smaller_networks_train_and_score_as_masked_ones():
             leaf = jnp.where(living, of(masked)[name]["kernel"], 0)
             np.testing.assert_allclose(of(small)[name]["kernel"], leaf, rtol=2e-3, atol=1e-5)
 
-    scored, labels, _ = parts.score(trained, setup, programs, np.zeros(90, np.int32))
-    of_masked, _, _ = parts.score(whole, setup, programs, np.zeros(90, np.int32))
+    scored, labels, _ = programs.score(trained, np.zeros(90, np.int32))
+    of_masked, _, _ = programs.score(whole, np.zeros(90, np.int32))
     np.testing.assert_allclose(scored["loss"], of_masked["loss"], rtol=1e-4)
     np.testing.assert_array_equal(scored["churn"], of_masked["churn"])
     assert labels is None
@@ -438,8 +438,7 @@ def test_saliency_sees_training_examples_alone_and_follows_its_formula(tmp_path)
 
     gradient = jax.grad(loss)(params)
     expected = jax.tree.map(lambda w, g: jnp.abs(w * g), params, gradient)
-    [of] = [of for of in setup.arms if of.protocol == "one_shot"]
-    found = setup.scores(of, params, {}, batch)
+    found = setup.scores("saliency", params, {}, batch)
     for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
 

@@ -14,13 +14,15 @@ from jaxprune.results.rows import read_log as read_log
 from jaxprune.results.rows import write_csv as write_csv
 from jaxprune.results.runs import FORMAT as FORMAT
 from jaxprune.results.runs import Run as Run
-from jaxprune.results.runs import by_arm as by_arm
+from jaxprune.results.runs import arm_of as arm_of
 from jaxprune.results.runs import compare_settings as compare_settings
 from jaxprune.results.runs import in_order as in_order
 from jaxprune.results.runs import load_run as load_run
 from jaxprune.results.runs import plain as plain
 from jaxprune.results.runs import read_config as read_config
 from jaxprune.results.runs import read_json as read_json
+from jaxprune.results.runs import rows_path as rows_path
+from jaxprune.results.runs import stage_name as stage_name
 from jaxprune.results.runs import write_json as write_json
 from jaxprune.results.tables import Table as Table
 from jaxprune.results.tables import difference as difference

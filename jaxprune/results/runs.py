@@ -2,10 +2,11 @@
 
 A run directory of format 2 holds `config.json`; `rows/`, a log an arm and seed; `results.csv`, the
 export of all rows; `checkpoints/`; `figures/` and `report.html`. `checkpoints/dense-seed0/0020` is
-the dense network of seed 0 after 20 epochs: `params`, `state`, `opt_state`, `predictions` and, at
-the last epoch, `one_shot`, masks by arm with a leading axis over all levels but 0.
-`checkpoints/<arm>-seed0/0020` has `params`, `state`, `masks` and `opt_state` with an axis over the
-levels but 0 of the first batch; levels that were added later are in `<arm>-seed0-levels1`, ….
+the dense network of seed 0 after 20 epochs: `params`, `state`, `opt_state` and `predictions`.
+`checkpoints/<arm>-seed0/0020` has, with a leading axis over levels, of a one-shot arm the `masks`
+of all levels but 0 (and `state`, where it was estimated anew); of a trained arm `params`, `state`,
+`masks` and `opt_state` of the levels but 0 of the first call; those of levels that were added later
+are in `<arm>-seed0-levels1`, ….
 """
 
 import dataclasses
@@ -90,7 +91,7 @@ def read_config(path: Path) -> dict[str, Any]:
             f"this one reads format {FORMAT}"
         )
     if not (wrong := _misfit(config, _CONFIG, "config").removeprefix("config.")):
-        levels, arms = sum(config["levels"], []), [*map(_arm, config["arms"])]
+        levels, arms = sum(config["levels"], []), [*map(arm_of, config["arms"])]
         right = {
             "settings.epochs": config["settings"]["epochs"] > 0,
             "arms": 0 < len(set(arms)) == len(arms),
@@ -161,7 +162,7 @@ class Run:
     @property
     def arms(self) -> tuple[Arm, ...]:
         """The arms, in the order in which they were added."""
-        return tuple(map(_arm, self.config["arms"]))
+        return tuple(map(arm_of, self.config["arms"]))
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
@@ -188,8 +189,8 @@ class Run:
         import jax
 
         wanted = tuple(str(getattr(arm, name, arm)) for name in Arm._fields)
-        batches = [[other for other in batch if other] for batch in self.config["levels"]]
-        levels = sum(batches, [])
+        waves = [[other for other in wave if other] for wave in self.config["levels"]]
+        levels = sum(waves, [])
         for name, value, known in (
             ("arm", wanted, self.arms),
             ("seed", seed, range(self.config["seeds"])),
@@ -198,35 +199,23 @@ class Run:
             if value not in known:
                 has = ", ".join(map(_words, known))
                 raise ValueError(f"{self.path} has no {name} {_words(value)}: it has {has}")
-        arm, dense = Arm(*wanted), f"dense-seed{seed}"
+        arm, dense = Arm(*wanted), stage_name(seed)
         params_like, state_like = target or (None, None)
-        if level == 0 or arm.protocol == "one_shot":
-            params = self._load(dense, "params", params_like)
-            state = self._load(dense, "state", state_like)
-            if level == 0:
-                return Pruned(params, state, jax.tree.map(lambda w: np.ones(w.shape, bool), params))
-            masks = self._by_arm(dense, "one_shot", params_like, bool).get(arm.slug)
-            if masks is None or len(jax.tree.leaves(masks)[0]) <= levels.index(level):
-                raise ValueError(f"{self.path} is not finished: it lacks masks of {arm}")
-            if self.config["settings"].get("recalibrate") and jax.tree.leaves(state):
-                states = self._by_arm(dense, "one_shot_state", state_like)
-                state = _cut(states[arm.slug], levels.index(level))
-            return Pruned(params, state, _cut(masks, levels.index(level)))
-        number, batch = next((i, batch) for i, batch in enumerate(batches) if level in batch)
-        stage = f"{arm.slug}-seed{seed}" + (f"-levels{number}" if number else "")
-        stacked = (
-            self._load(stage, "params", _stacked(params_like, len(batch))),
-            self._load(stage, "state", _stacked(state_like, len(batch))),
-            self._load(stage, "masks", _stacked(params_like, len(batch), bool)),
-        )
-        return Pruned(*(_cut(tree, batch.index(level)) for tree in stacked))
-
-    def _by_arm(self, stage: str, name: str, like: Any, dtype: Any = None) -> dict[str, Any]:
-        """Read what all arms have, with an axis of levels; its targets are made of `like`."""
-        from jaxprune import checkpoints
-
-        entries = checkpoints.contents(self._checkpoint(stage))
-        return self._load(stage, name, by_arm(entries, name, like, dtype))
+        if level and arm.protocol == "trained":
+            number, wave = next((i, wave) for i, wave in enumerate(waves) if level in wave)
+            stage, at, n = stage_name(seed, arm, number), wave.index(level), len(wave)
+            likes = {"params": _stacked(params_like, n), "state": _stacked(state_like, n),
+                     "masks": _stacked(params_like, n, bool)}  # fmt: skip
+            return Pruned(*(_cut(self._load(stage, *item), at) for item in likes.items()))
+        params = self._load(dense, "params", params_like)
+        state = self._load(dense, "state", state_like)
+        if not level:
+            return Pruned(params, state, jax.tree.map(lambda w: np.ones(w.shape, bool), params))
+        stage, at, n = stage_name(seed, arm), levels.index(level), len(levels)
+        masks = _cut(self._load(stage, "masks", _stacked(params_like, n, bool)), at)
+        if self.config["settings"].get("recalibrate") and jax.tree.leaves(state):
+            state = _cut(self._load(stage, "state", _stacked(state_like, n)), at)
+        return Pruned(params, state, masks)
 
     def _load(self, stage: str, item: str, like: Any) -> Any:
         from jaxprune import checkpoints
@@ -266,7 +255,7 @@ def load_run(path: Path | str) -> Run:
     rows = []
     for seed in range(config["seeds"]):
         for entry in config["arms"]:
-            file = path / "rows" / f"{_arm(entry).slug}-seed{seed}.jsonl"
+            file = rows_path(path, arm_of(entry), seed)
             log = read_log(file, first_digest(entry["identity"], seed))
             if log.torn:
                 warnings.warn(f"{file}, {log.problem}: left out", stacklevel=2)
@@ -283,7 +272,7 @@ def in_order(rows: Sequence[Row], config: dict[str, Any]) -> list[Row]:
         rows: of the run.
         config: what its `config.json` holds.
     """
-    arms = {_arm(entry): i for i, entry in enumerate(config["arms"])}
+    arms = {arm_of(entry): i for i, entry in enumerate(config["arms"])}
     levels = {
         float(sparsity_of_level(level)): i for i, level in enumerate(sum(config["levels"], []))
     }
@@ -295,27 +284,25 @@ def in_order(rows: Sequence[Row], config: dict[str, Any]) -> list[Row]:
     return sorted(rows, key=place)
 
 
-def _arm(entry: dict[str, Any]) -> Arm:
+def arm_of(entry: dict[str, Any]) -> Arm:
+    """Return the arm of one of the `arms` in a config."""
     return Arm(*(entry[name] for name in Arm._fields))
 
 
-def by_arm(entries: dict[str, Any], name: str, like: Any, dtype: Any = None) -> Any:
-    """Return the target of an item that holds, by arm, a tree like `like` with a levels axis.
+def stage_name(seed: int, arm: Arm | None = None, wave: int = 0) -> str:
+    """Return the folder of the checkpoints of a seed's dense network, or of levels of an arm."""
+    if arm is None:
+        return f"dense-seed{seed}"
+    return f"{arm.slug}-seed{seed}" + (f"-levels{wave}" if wave else "")
 
-    Args:
-        entries: what `checkpoints.contents` returns.
-        name: of the item.
-        like: arrays or shapes without that axis, or None for no target.
-        dtype: of the leaves; by default those of `like`.
-    """
-    if like is None:
-        return None
-    leaves = entries.get(name, {}).get("leaves", ())
-    return {at[0]: _stacked(like, shape[0], dtype) for at, _, shape in leaves}
+
+def rows_path(folder: Path, arm: Arm, seed: int) -> Path:
+    """Return the log of the rows of an arm and seed."""
+    return folder / "rows" / f"{stage_name(seed, arm)}.jsonl"
 
 
 def _stacked(tree: Any, length: int, dtype: Any = None) -> Any:
-    """Return the shapes of a tree with a levels axis in front."""
+    """Return the shapes of a tree with a levels axis in front; None of None."""
     import jax
 
     return jax.tree.map(

@@ -4,8 +4,8 @@ Network, data and settings come in, rows come out; with a run directory also che
 that goes on where it was stopped. `experiments/sweep.py` is a thin command on `run_sweep`.
 """
 
-from jaxprune.study.curve import prune_curve as prune_curve
 from jaxprune.study.progress import Progress as Progress
+from jaxprune.study.sweep import prune_curve as prune_curve
 from jaxprune.study.sweep import run_sweep as run_sweep
 
 __all__ = ["Progress", "prune_curve", "run_sweep"]

@@ -5,16 +5,19 @@ each as the smaller network that is left of it (`parts`).
 """
 
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxprune import criteria, trees
 from jaxprune.config import Arm
+from jaxprune.data import Split
 from jaxprune.evaluate import make_score
 from jaxprune.masks import apply_masks, masks_at
+from jaxprune.study.parts import Part
 from jaxprune.study.setup import Setup
 from jaxprune.train import make_recalibrate, make_train
 from jaxprune.types import Array, Batch, Counts, Masks, Network, Params, State
@@ -56,42 +59,81 @@ class Clock:
         return result, time.perf_counter() - started - (self.compiling - before)
 
 
-class Pair(NamedTuple):
-    """How a network, whole or smaller, is trained and scored."""
-
-    train: Callable
-    score: Callable
-
-
 class Programs:
     """Each program is compiled once for one network and once for all levels that it runs.
 
     Attributes:
         clock: has counted what was compiled.
-        whole: training and scoring of the network under masks.
-        recalibrate: see `train.make_recalibrate`.
     """
 
     def __init__(self, setup: Setup):
         self.clock, self._setup = Clock(), setup
-        self._smaller: dict[Any, Pair] = {}
-        self._selections: dict[Any, Callable] = {}
-        self.whole = self._pair(setup.network)
-        recalibrate = make_recalibrate(setup.network, stepped=setup.stepped, jit=self.clock.jit)
-        self.recalibrate = recalibrate if setup.stepped else self.clock.jit(recalibrate)
+        self._made: dict[Any, Any] = {}
 
-    def _pair(self, network: Network) -> Pair:
+    def train(
+        self, parts: Sequence[Part], x: Any, y: Any, *args: Any
+    ) -> tuple[list[Part], np.ndarray, float]:
+        """Train all levels; arguments that they share are as in `train.make_train`.
+
+        Returns:
+            The parts, the losses, (levels, steps), and the seconds without compiling.
+        """
+        trained, losses, seconds = [], [], 0.0
+        for part in parts:
+            program, _ = self._of(part)
+            (carry, found), elapsed = self.clock.time(program, *part[:2], x, y, *args)
+            trained.append(part._replace(carry=carry))
+            losses.append(np.asarray(found))
+            seconds += elapsed
+        return trained, np.concatenate(losses), seconds
+
+    def score(
+        self, parts: Sequence[Part], reference: Any
+    ) -> tuple[dict[str, np.ndarray], Any, float]:
+        """Score all levels.
+
+        Returns:
+            The metrics with a levels axis; the predictions where `reference` is None; and the
+            seconds without compiling.
+        """
+        val, test = (Split(*split) for split in (self._setup.data.val, self._setup.data.test))
+        metrics, predictions, seconds = [], None, 0.0
+        for part in parts:
+            (_, program), (params, state, _) = self._of(part), part.carry
+            (found, predictions), elapsed = self.clock.time(
+                program, params, state, part.masks, val, test, reference
+            )
+            metrics.append(jax.tree.map(np.asarray, found))
+            seconds += elapsed
+        return jax.tree.map(lambda *values: np.concatenate(values), *metrics), predictions, seconds
+
+    def _of(self, part: Part) -> tuple[Callable, Callable]:
+        """Return how a part is trained and scored."""
+        if (plan := part.plan) is None:
+            return self._once("whole", lambda: self._pair(self._setup.network))
+        return self._once(plan.signature, lambda: self._pair(self._setup.joined.network(plan)))
+
+    def _pair(self, network: Network) -> tuple[Callable, Callable]:
         setup, jit = self._setup, self.clock.jit
         options = {"levels_at_once": setup.study.levels_at_once, "stepped": setup.stepped}
         train = make_train(network, setup.optimizer, task=setup.task, **options, jit=jit)
         score = make_score(network, setup.task, batch_size=_EVALUATION_BATCH, **options, jit=jit)
-        return Pair(train, score) if setup.stepped else Pair(jit(train), jit(score))
+        return (train, score) if setup.stepped else (jit(train), jit(score))
 
-    def smaller(self, signature: Any, network: Callable[[], Network]) -> Pair:
-        """Return training and scoring of a smaller network, compiled once a signature."""
-        if signature not in self._smaller:
-            self._smaller[signature] = self._pair(network())
-        return self._smaller[signature]
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def recalibrate(self, *args: Any) -> State:
+        """Estimate the state anew; see `train.make_recalibrate`."""
+
+        def make() -> Callable[..., State]:
+            stepped, jit = self._setup.stepped, self.clock.jit
+            made = make_recalibrate(self._setup.network, stepped=stepped, jit=jit)
+            return made if stepped else jit(made)
+
+        return self._once("recalibrate", make)(*args)
 
     def select(
         self, arm: Arm, params: Params, state: State, batch: Batch, counts: Counts
@@ -105,50 +147,36 @@ class Programs:
             batch: what the criterion looks at.
             counts: with a levels axis.
         """
-        kind = "select", arm.criterion, arm.granularity
-        if kind not in self._selections:
-            setup = self._setup
+        setup = self._setup
 
-            def select(params: Params, state: State, batch: Batch, counts: Counts) -> Any:
-                scores = setup.scores(arm, params, state, batch)
-                masks = masks_at(scores, counts, granularity=setup.granularities[arm.granularity])
-                return masks, criteria.non_finite(scores, setup.flags)
+        def select(params: Params, state: State, batch: Batch, counts: Counts) -> Any:
+            scores = setup.scores(arm.criterion, params, state, batch)
+            masks = masks_at(scores, counts, granularity=setup.granularities[arm.granularity])
+            return masks, criteria.non_finite(scores, setup.flags)
 
-            self._selections[kind] = self.clock.jit(select)
-        return self._selections[kind](params, state, batch, counts)
+        program = self._once(("select", *arm[:2]), lambda: self.clock.jit(select))
+        return program(params, state, batch, counts)
 
     def select_within(
         self, arm: Arm, params: Params, state: State, masks: Masks, batch: Batch, counts: Counts
     ) -> tuple[Masks, Any]:
         """Return each level's next masks, nested in its last; arguments have a levels axis."""
-        kind = "within", arm.criterion, arm.granularity
-        if kind not in self._selections:
-            self._selections[kind] = self._within(arm)
-        return self._selections[kind](params, state, masks, batch, counts)
-
-    def _within(self, arm: Arm) -> Callable:
-        setup = self._setup
-        granularity = setup.granularities[arm.granularity]
+        setup, levels = self._setup, (params, state, masks, counts)
 
         def one(level: Any, batch: Batch) -> tuple[Masks, Array]:
             params, state, masks, counts = level
-            scores = setup.scores(arm, apply_masks(params, masks), state, batch)
+            scores = setup.scores(arm.criterion, apply_masks(params, masks), state, batch)
+            granularity = setup.granularities[arm.granularity]
             new = masks_at(scores, counts, granularity=granularity, within=masks)
             return new, criteria.non_finite(scores, setup.flags)
 
-        if setup.stepped:
-            program = self.clock.jit(one)
+        def every(levels: Any, batch: Batch) -> tuple[Masks, Array]:
+            at_once = setup.study.levels_at_once
+            return trees.map_levels(lambda level: one(level, batch), levels, at_once)
 
-            def on_host(params: Any, state: Any, masks: Any, batch: Batch, counts: Any) -> Any:
-                levels = trees.unstack((params, state, masks, counts))
-                return trees.stack([program(level, batch) for level in levels])
-
-            return on_host
-
-        def select(params: Any, state: Any, masks: Any, batch: Batch, counts: Any) -> Any:
-            levels = params, state, masks, counts
-            return trees.map_levels(
-                lambda level: one(level, batch), levels, setup.study.levels_at_once
-            )
-
-        return self.clock.jit(select)
+        program = self._once(
+            ("within", *arm[:2]), lambda: self.clock.jit(one if setup.stepped else every)
+        )
+        if not setup.stepped:
+            return program(levels, batch)
+        return trees.stack([program(level, batch) for level in trees.unstack(levels)])

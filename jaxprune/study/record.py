@@ -11,17 +11,16 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jax
 
-from jaxprune import __version__, checkpoints, results
+from jaxprune import __version__, checkpoints, files, results
 from jaxprune.config import Arm, sparsity_of_level
 from jaxprune.results import Row
+from jaxprune.study.epoch import Stage
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-Expected = Callable[[int], Iterable[tuple[Arm, int, Sequence[float]]]]
-"""The rows that a stage writes after an epoch: arm, seed and levels."""
 
 
 class Record:
@@ -31,7 +30,6 @@ class Record:
         folder: the run directory, or None.
         config: what `config.json` holds.
         rows: by arm and seed.
-        note: told what is out of the ordinary.
     """
 
     def __init__(self, folder: Path | None, config: dict[str, Any], note: Callable[[str], None]):
@@ -46,8 +44,8 @@ class Record:
             ValueError: it holds a run made otherwise, is none of ours, or is being written.
             OSError: it cannot be written.
         """
-        self.folder, self.note, self._told = folder, note, set()
-        self.rows: dict[tuple[Arm, int], list[Row]] = {}
+        self.folder, self._note, self._told = folder, note, set()
+        self.rows: dict[tuple[Arm | None, int], list[Row]] = {}
         self._digests: dict[tuple[Arm, int], str] = {}
         self.now = _surroundings()
         self.config = {
@@ -59,21 +57,23 @@ class Record:
         inside = [*folder.iterdir()] if folder.exists() else []
         # A call that was killed at its start leaves the others.
         foreign = any(path.name != "lock" and not path.match(".*.tmp") for path in inside)
-        if foreign and not (folder / "config.json").exists():
+        if (folder / "config.json").exists():
+            results.read_config(folder / "config.json")  # or refused, with nothing written
+        elif foreign:
             raise ValueError(f"{folder} is not empty and holds no run: give another --run-dir")
         checkpoints.check_writable(folder)
-        self._lock = _lock(folder / "lock")
+        self._lock = files.lock(folder / "lock")
         try:
             self._read(folder)
         except BaseException:
             self.close()
             raise
 
-    def note_once(self, line: str) -> None:
-        """Note a line unless it was noted before."""
+    def note(self, line: str) -> None:
+        """Note a line, once."""
         if line not in self._told:
             self._told.add(line)
-            self.note(line)
+            self._note(line)
 
     def _read(self, folder: Path) -> None:
         """Read what is there, and mend what a kill left half done."""
@@ -93,17 +93,17 @@ class Record:
     @property
     def arms(self) -> dict[Arm, dict[str, Any]]:
         """What is recorded of every arm."""
-        return {Arm(*(arm[field] for field in Arm._fields)): arm for arm in self.config["arms"]}
+        return {results.arm_of(entry): entry for entry in self.config["arms"]}
 
     @property
-    def levels(self) -> tuple[tuple[float, ...], ...]:
-        """The batches of levels, in percent."""
+    def waves(self) -> tuple[tuple[float, ...], ...]:
+        """The levels in percent: those of the first call, then those that were added later."""
         return tuple(map(tuple, self.config["levels"]))
 
     def _adopt(self, old: dict[str, Any]) -> None:
         """Take over what an earlier call left, if it was made alike; add what is new."""
         differences = results.compare_settings(old["settings"], self.config["settings"])
-        known = {tuple(arm[field] for field in Arm._fields): arm for arm in old["arms"]}
+        known = {results.arm_of(entry): entry for entry in old["arms"]}
         same_jax = old["versions"].get("jax") == self.now["versions"].get("jax")
         new_arms = []
         for arm, entry in self.arms.items():
@@ -129,8 +129,8 @@ class Record:
             if old[kind].get(name) != value
         ]:
             self.note(f"going on with other surroundings: {'; '.join(changed)}")
-        had = {level for batch in old["levels"] for level in batch}
-        added = [level for batch in self.levels for level in batch if level not in had]
+        had, now = (sum(config["levels"], []) for config in (old, self.config))
+        added = [level for level in now if level not in had]
         self.config = {
             **old,
             "seeds": max(old["seeds"], self.config["seeds"]),
@@ -142,7 +142,7 @@ class Record:
         if same_jax:
             differences.append(f"{what}: other than recorded")
         else:  # another version may trace the same code to another program
-            self.note_once(f"{what} cannot be compared: it was recorded with another jax")
+            self.note(f"{what} cannot be compared: it was recorded with another jax")
 
     def _read_rows(self, arm: Arm, seed: int) -> None:
         """Read the rows of an arm and seed; what comes after a broken line is given up."""
@@ -160,7 +160,7 @@ class Record:
             self.note(f"{path}: {len(log.rows) - len(own)} rows are not of this run, and ignored")
 
     def _rows_path(self, arm: Arm, seed: int) -> Path | None:
-        return self.folder and self.folder / "rows" / f"{arm.slug}-seed{seed}.jsonl"
+        return self.folder and results.rows_path(self.folder, arm, seed)
 
     def save_config(self) -> None:
         """Write `config.json`."""
@@ -172,32 +172,41 @@ class Record:
         sums = self.config["seconds"]
         sums[name] = sums.get(name, 0.0) + seconds
 
-    def resume(self, stage: str, final: set[str], state: set[str], expected: Expected) -> int:
+    def resume(
+        self,
+        stage: Stage,
+        final: set[str],
+        state: set[str],
+        expected: Callable[[int], Iterable[Stage]],
+        finished: Callable[[], bool] = lambda: True,
+    ) -> int:
         """Return the epoch after which a stage goes on.
 
         Args:
-            stage: its name.
+            stage: which.
             final: items of a finished stage's last checkpoint.
             state: items from which it can go on.
-            expected: the rows that it writes after an epoch.
+            expected: whose rows there are after an epoch.
+            finished: whether what else a finished stage leaves is there.
         """
         epochs = self.config["settings"]["epochs"]
         complete = 0
         while complete < epochs and all(
-            (complete + 1, float(sparsity_of_level(level))) in self._known(arm, seed)
-            for arm, seed, levels in expected(complete + 1)
-            for level in levels
+            (complete + 1, float(sparsity_of_level(level))) in self._known(scored.arm, scored.seed)
+            for scored in expected(complete + 1)
+            for level in scored.levels
         ):
             complete += 1
         for path in reversed(self._checkpoints(stage)):
             epoch = int(path.name)
-            if self.holds(stage, epoch, final if epoch == epochs else state):
+            last = epoch == epochs
+            if self.holds(stage, epoch, final if last else state) and (not last or finished()):
                 if epoch <= complete:
                     return epoch
-                self.note(f"{stage} runs again: it lacks rows from epoch {complete + 1} on")
+                self.note(f"{stage.name} runs again: it lacks rows from epoch {complete + 1} on")
         return 0
 
-    def _known(self, arm: Arm, seed: int) -> set[tuple[int, float]]:
+    def _known(self, arm: Arm | None, seed: int) -> set[tuple[int, float]]:
         """Return epoch and target sparsity of the rows that are there."""
         return {(row.epoch, row.target_sparsity) for row in self.rows.get((arm, seed), ())}
 
@@ -215,15 +224,8 @@ class Record:
                 self._digests[arm, seed] = results.append_rows(path, new, before)
             self.rows.setdefault((arm, seed), []).extend(new)
 
-    def save(self, stage: str, epoch: int, needed: str | None, **items: Any) -> None:
-        """Save a stage's state, and thin out the checkpoints before it.
-
-        Args:
-            stage: its name.
-            epoch: the epoch it has finished.
-            needed: a checkpoint that is still needed whole, as `stage/0001`.
-            items: trees of arrays.
-        """
+    def save(self, stage: Stage, epoch: int, **items: Any) -> None:
+        """Save trees of arrays that a stage has after an epoch."""
         if self.folder is None:
             return
         checkpoints.save(self._path(stage, epoch), **items)
@@ -232,42 +234,41 @@ class Record:
         if self.now != first and self.now not in others:
             others.append(self.now)
         self.save_config()
-        self.thin(stage, needed)
 
-    def thin(self, stage: str, needed: str | None = None) -> None:
+    def thin(self, stage: Stage, *, branched: bool = False) -> None:
         """Remove what is no longer needed of the checkpoints up to a stage's.
 
-        The newest two stay whole, and so does what is needed. Of the others, a stage's last keeps
-        all but the optimizer's state, and the rest go. Later stages are left alone: they may have
-        been under way when this one had to be done again.
+        The newest two stay whole, and so does the one where trained stages branch off the dense
+        one, until they have. Of the others, a stage's last keeps all but the optimizer's state, and
+        the rest go. Later stages are left alone: they may have been under way when this one had to
+        be done again.
         """
-        stages = self._stages()
+        trained = [arm for arm in self.arms if arm.protocol == "trained"]
+        stages = [
+            stage
+            for seed in range(self.config["seeds"])
+            for stage in (
+                Stage(seed),
+                *(Stage(seed, arm, levels, wave)
+                  for arm in trained for wave, levels in enumerate(self.waves)),
+            )
+        ]  # fmt: skip
+        names = [stage.name for stage in stages]
         whole = [
             path
-            for name in stages[: stages.index(stage) + 1]
-            for path in self._checkpoints(name)
+            for earlier in stages[: names.index(stage.name) + 1]
+            for path in self._checkpoints(earlier)
             if (path / "opt_state").exists()
         ]
+        settings = self.config["settings"]
+        branch = Stage(stage.seed).name, settings["phases"][0]
         for path in whole[:-2]:
-            if f"{path.parent.name}/{path.name}" == needed:
+            if (path.parent.name, int(path.name)) == branch and trained and not branched:
                 continue
-            if int(path.name) == self.config["settings"]["epochs"]:
+            if int(path.name) == settings["epochs"]:
                 checkpoints.drop(path, "opt_state")
             else:
                 checkpoints.remove(path)
-
-    def _stages(self) -> list[str]:
-        """Return the names of all stages, in the order in which they run."""
-        trained = [arm.slug for arm in self.arms if arm.protocol == "trained"]
-        batches = ["", *(f"-levels{i}" for i in range(1, len(self.levels)))]
-        return [
-            name
-            for seed in range(self.config["seeds"])
-            for name in (
-                f"dense-seed{seed}",
-                *(f"{arm}-seed{seed}{batch}" for arm in trained for batch in batches),
-            )
-        ]
 
     def finish(self) -> list[Row]:
         """Return all rows in the order of an undisturbed run, and write them as `results.csv`."""
@@ -282,30 +283,18 @@ class Record:
         if self.folder is not None:
             self._lock.close()
 
-    def load(self, stage: str, epoch: int, item: str, target: Any = None) -> Any:
+    def load(self, stage: Stage, epoch: int, item: str, target: Any = None) -> Any:
         """Return an item of a checkpoint; see `checkpoints.load`."""
         return checkpoints.load(self._path(stage, epoch), item, target)
 
-    def of_other_arms(
-        self, stage: str, epoch: int, item: str, like: Any, dtype: Any = None
-    ) -> dict[str, Any]:
-        """Return an item by arm that an earlier call with other arms has left.
+    def num_masks(self, stage: Stage, epoch: int) -> int:
+        """Return of how many levels a checkpoint has masks, unbroken."""
+        if not self.holds(stage, epoch, {"masks"}):
+            return 0
+        leaves = checkpoints.contents(self._path(stage, epoch))["masks"]["leaves"]
+        return leaves[0][2][0]  # the first axis of the first leaf's shape
 
-        `like` and `dtype` are what an arm has there, without the levels axis.
-        """
-        if self.folder is None or not self.holds(stage, epoch, {item}):
-            return {}
-        entries = checkpoints.contents(self._path(stage, epoch))
-        return self.load(stage, epoch, item, results.by_arm(entries, item, like, dtype))
-
-    def masks_of(self, stage: str, epoch: int) -> dict[str, int]:
-        """Return of how many levels a checkpoint has one-shot masks, by the slug of the arm."""
-        if self.folder is None:
-            return {}
-        leaves = checkpoints.contents(self._path(stage, epoch))["one_shot"]["leaves"]
-        return {at[0]: shape[0] for at, _, shape in leaves}
-
-    def holds(self, stage: str, epoch: int, items: set[str]) -> bool:
+    def holds(self, stage: Stage, epoch: int, items: set[str]) -> bool:
         """Tell whether a checkpoint has these items, unbroken; a broken one is removed."""
         if self.folder is None or not (path := self._path(stage, epoch)).exists():
             return False
@@ -316,31 +305,17 @@ class Record:
             checkpoints.remove(path)
             return False
 
-    def _path(self, stage: str, epoch: int) -> Path:
+    def _path(self, stage: Stage, epoch: int) -> Path:
         if self.folder is None:
             raise ValueError("a record in memory has no checkpoints")
-        return self.folder / "checkpoints" / stage / f"{epoch:04d}"
+        return self.folder / "checkpoints" / stage.name / f"{epoch:04d}"
 
-    def _checkpoints(self, stage: str) -> list[Path]:
+    def _checkpoints(self, stage: Stage) -> list[Path]:
         """Return a stage's checkpoints, oldest first."""
         if self.folder is None:
             return []
-        found = (self.folder / "checkpoints" / stage).glob("*")
+        found = (self.folder / "checkpoints" / stage.name).glob("*")
         return sorted((path for path in found if path.name.isdecimal()), key=lambda p: int(p.name))
-
-
-def _lock(path: Path) -> IO[str]:
-    """Hold a file against other processes; where the system cannot, nothing is held."""
-    file = path.open("w")
-    with contextlib.suppress(ImportError):
-        import fcntl
-
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise ValueError(f"{path.parent} is being written by another process") from None
-    return file
 
 
 def _surroundings() -> dict[str, Any]:

@@ -3,16 +3,14 @@
 Network, data, settings and task come in; `programs` compiles what is set up here, `stages` runs it.
 """
 
-import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from jaxprune import criteria, distribution, structure, tasks, trees
 from jaxprune.config import Arm, Study, sparsity_of_level
@@ -21,7 +19,8 @@ from jaxprune.evaluate import check_data
 from jaxprune.granularity import weight
 from jaxprune.masks import warn_of_emptied
 from jaxprune.networks import check_state
-from jaxprune.study.joined import Joined, joined, scoring
+from jaxprune.structure import Compaction
+from jaxprune.train import steps_on_host
 from jaxprune.types import (
     Batch,
     Counts,
@@ -38,8 +37,44 @@ from jaxprune.types import (
     Task,
 )
 
-_SLOWER_INSIDE = 1.5  # how much slower a compiled loop must run to be made on the host instead
-_MEASURED = 16  # examples with which that is measured
+
+class Joined(NamedTuple):
+    """Scoring and training of a network as one function, of which `structure` removes units.
+
+    A unit is removed where it is without effect in both, and the state shrinks with it.
+
+    Attributes:
+        apply: of `{"params": …, "state": …}` and `inputs`; it returns the outputs of scoring, and
+            where training is another function also those of training, and the new state.
+        abstract: shapes and dtypes of parameters and state.
+        inputs: what it was traced with: x, or x and a key.
+        new_state: of what `apply` returns the new values of the state; None where it has none.
+    """
+
+    apply: Callable[[Any, Any], Any]
+    abstract: Any
+    inputs: Any
+    new_state: Callable[[Any], Any] | None
+
+    def network(self, plan: Compaction) -> Network:
+        """Return what a plan of `apply` leaves, as a network; it cannot be initialised."""
+        key = jax.random.key(0)  # scoring draws none
+
+        def init(key: Any) -> Any:
+            raise ValueError("a smaller network comes from a larger one and has no `init`")
+
+        def apply(params: Params, state: State, x: Any) -> Any:
+            variables = {"params": params, "state": state}
+            if self.new_state is None:
+                return plan.apply(variables, x)
+            return plan.apply(variables, (x, key))[0]
+
+        def train(params: Params, state: State, x: Any, key: Any) -> tuple[Any, State]:
+            if self.new_state is None:
+                return apply(params, state, x), state
+            return plan.apply({"params": params, "state": state}, (x, key))[1:]
+
+        return Network(init, apply, train)
 
 
 class Setup(NamedTuple):
@@ -85,12 +120,11 @@ class Setup(NamedTuple):
         """All arms, in the order in which they run."""
         return self.study.arms(tuple(self.criteria))
 
-    def scores(self, arm: Arm, params: Params, state: State, batch: Batch) -> Scores:
-        """Return what an arm's criterion says of one network, checked; traceable."""
-        criterion = self.criteria[arm.criterion]
+    def scores(self, criterion: str, params: Params, state: State, batch: Batch) -> Scores:
+        """Return what a criterion says of one network, checked; traceable."""
         asked = criteria.problem(self.network, self.task, state)
-        found = criterion.scores(params, asked, batch)
-        criteria.check_scores(found, params, criterion.name)
+        found = self.criteria[criterion].scores(params, asked, batch)
+        criteria.check_scores(found, params, criterion)
         return found
 
     def counts(self, arm: Arm, sparsities: Sequence[Any]) -> Counts:
@@ -101,7 +135,7 @@ class Setup(NamedTuple):
         )
 
     def batch(self, key: Key) -> Batch:
-        """Draw the training examples that criteria look at."""
+        """Draw the training examples that criteria look at, at most all of them."""
         choose, own = jax.random.split(key)
         x, y = self.data.train
         chosen = jax.random.permutation(choose, len(y))[: self.study.score_batch]
@@ -142,24 +176,26 @@ def make_setup(
         raise ValueError(
             f"two criteria are named {twice[0]!r}: give names, jp.criterion(my_scores, name='mine')"
         )
-    together = joined(network, params, state, x)
+    together = _joined(network, params, state, x)
     prunable = _prunable(network, params, state, x)
-    units: Any = "unit" in study.granularities and _units(together, prunable, params, state)
-    granularities = {"weight": weight(prunable), "unit": units}
+    makers = {
+        "weight": lambda: weight(prunable),
+        "unit": lambda: _units(together, prunable, state),
+    }
     setup = Setup(
         study=study,
         network=network,
         task=task,
         optimizer=optimizer or optax.adam(1e-3),
         data=jax.tree.map(jnp.asarray, data),
-        criteria={criterion.name: criterion for criterion in resolved},
-        granularities={name: granularities[name] for name in study.granularities},
+        criteria=dict(zip(names, resolved, strict=True)),
+        granularities={name: makers[name]() for name in study.granularities},
         prunable=prunable,
         joined=together,
         metrics=task.metrics(jax.eval_shape(network.apply, params, state, x)),
         remaining=_remaining(together, state),
-        stepped=_steps_on_host(network, params, state, x),
-        params=jax.eval_shape(lambda tree: tree, params),
+        stepped=steps_on_host(network, params, state, x),
+        params=together.abstract["params"],
     )
     if "val_loss" not in [metric.name for metric in setup.metrics]:
         raise ValueError(f"task {task.name} must measure val_loss, the validation loss, too")
@@ -169,22 +205,44 @@ def make_setup(
 
 def _check_arms(setup: Setup) -> None:
     """Try every criterion in the abstract, and warn of leaves that a level prunes whole."""
-    abstract = jax.eval_shape(setup.batch, jax.random.key(0))
-    state = setup.joined.abstract["state"]
+    batch = jax.eval_shape(setup.batch, jax.random.key(0))
     for criterion in setup.criteria:
-        arm = Arm(criterion, *setup.arms[0][1:])
         try:
             jax.eval_shape(
-                lambda *args, arm=arm: setup.scores(arm, *args), setup.params, state, abstract
-            )
+                lambda *args, name=criterion: setup.scores(name, *args),
+                setup.params, setup.joined.abstract["state"], batch,
+            )  # fmt: skip
         except jax.errors.JAXTypeError as error:
             reason = str(error).split("\n")[0]
             raise ValueError(f"criterion {criterion} cannot be traced: {reason}") from error
     targets = [sparsity_of_level(level) for level in setup.study.levels if level]
-    seen = {arm[1:3]: arm for arm in setup.arms}
-    for arm in seen.values() if targets else ():
+    by_counts = {(arm.granularity, arm.scope): arm for arm in setup.arms} if targets else {}
+    for arm in by_counts.values():
         counts = setup.counts(arm, targets)
         warn_of_emptied(setup.params, counts, setup.granularities[arm.granularity])
+
+
+def _scoring(network: Network) -> Callable[[Any, Any], Any]:
+    return lambda variables, x: network.apply(variables["params"], variables["state"], x)
+
+
+def _joined(network: Network, params: Params, state: State, x: Any) -> Joined:
+    """Trace whether training is another function than scoring, and join what is needed."""
+    abstract = jax.eval_shape(lambda tree: tree, {"params": params, "state": state})
+    key, scoring = jax.random.key(0), _scoring(network)
+
+    def both(variables: Any, inputs: Any) -> Any:
+        outputs, state = network.train(variables["params"], variables["state"], *inputs)
+        return scoring(variables, inputs[0]), outputs, state
+
+    def training(variables: Any, x: Any) -> Any:
+        return network.train(variables["params"], variables["state"], x, key)[0]
+
+    if not jax.tree.leaves(state):
+        one, other = (str(jax.make_jaxpr(f)(abstract, x)) for f in (scoring, training))
+        if one == other:
+            return Joined(scoring, abstract, x, None)
+    return Joined(both, abstract, (x, key), lambda out: {"state": out[2]})
 
 
 def _prunable(network: Network, params: Params, state: State, x: Any) -> Any:
@@ -192,7 +250,7 @@ def _prunable(network: Network, params: Params, state: State, x: Any) -> Any:
     chosen = network.prunable
     if chosen is None:
         variables = {"params": params, "state": state}
-        chosen = structure.prunable(scoring(network), variables, x)["params"]
+        chosen = structure.prunable(_scoring(network), variables, x)["params"]
     flags = trees.prunable_leaves(params, chosen)
     if not any(flags):
         paths = [path for path, _ in trees.paths_and_leaves(params)]
@@ -204,7 +262,7 @@ def _prunable(network: Network, params: Params, state: State, x: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(params), flags)
 
 
-def _units(together: Joined, prunable: Prunable, params: Params, state: State) -> Granularity:
+def _units(together: Joined, prunable: Prunable, state: State) -> Granularity:
     """Return the units of the dependency graph, as a granularity of the parameters alone."""
     graph = structure.dependency_graph(
         together.apply, together.abstract, together.inputs, state=together.new_state
@@ -245,55 +303,10 @@ def _remaining(together: Joined, state: State) -> Callable[[Masks], int]:
         state=together.new_state,
         counted=lambda path: path.startswith("params"),
     )
-    whole = jax.tree.map(lambda leaf: np.ones(np.shape(leaf), bool), state)
+    whole = keep_all(state)
     return lambda masks: count({"params": masks, "state": whole})
 
 
-def _steps_on_host(network: Network, params: Params, state: State, x: Any) -> bool:
-    """Measure whether training would be slower inside of a compiled loop.
-
-    On a CPU, XLA computes gradients of convolutions some ten times slower inside of a loop than
-    outside (jax 0.10). Those of the largest convolution of the network are computed both ways.
-    """
-    if jax.default_backend() != "cpu":
-        return False
-    some = jax.ShapeDtypeStruct((_MEASURED, *x.shape[1:]), x.dtype)
-    found = list(_convolutions(jax.make_jaxpr(network.apply)(params, state, some).jaxpr))
-    if not found:
-        return False
-    largest = max(found, key=lambda eqn: eqn.outvars[0].aval.size * eqn.invars[1].aval.size)
-    ones = [jnp.ones(operand.aval.shape, operand.aval.dtype) for operand in largest.invars]
-
-    def gradients(operands: Any) -> Any:
-        out, pull = jax.vjp(lambda *xs: largest.primitive.bind(*xs, **largest.params), *operands)
-        return list(pull(out))
-
-    def inside(operands: Any, times: Any) -> Any:
-        return jax.lax.fori_loop(0, times, lambda _, operands: gradients(operands), operands)
-
-    def seconds(f: Callable, *args: Any) -> float:
-        jax.block_until_ready(f(*args))
-        times = []
-        for _ in range(3):
-            started = time.perf_counter()
-            jax.block_until_ready(f(*args))
-            times.append(time.perf_counter() - started)
-        return min(times)
-
-    alone = seconds(jax.jit(gradients), ones)
-    return seconds(jax.jit(inside), ones, jnp.int32(1)) > _SLOWER_INSIDE * alone
-
-
-def _convolutions(jaxpr: Any) -> Iterator[Any]:
-    """Yield the convolutions of a program and of those that it calls."""
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "conv_general_dilated" and all(
-            jnp.issubdtype(operand.aval.dtype, jnp.floating) for operand in eqn.invars
-        ):
-            yield eqn
-        for value in jax.tree.leaves(
-            eqn.params, is_leaf=lambda leaf: isinstance(leaf, ClosedJaxpr | Jaxpr)
-        ):
-            inner = value.jaxpr if isinstance(value, ClosedJaxpr) else value
-            if isinstance(inner, Jaxpr):
-                yield from _convolutions(inner)
+def keep_all(tree: Any) -> Masks:
+    """Return masks that prune nothing."""
+    return jax.tree.map(lambda leaf: jnp.ones(np.shape(leaf), bool), tree)

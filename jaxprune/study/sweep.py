@@ -1,29 +1,33 @@
-"""A whole study: train a network, prune it at every level, one-shot and trained, and score it all.
+"""The study's two functions: a whole study, and every level of a network trained elsewhere.
 
 Everything is checked first; `record` finds what is done, and `stages` does the rest.
 """
 
 import contextlib
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxprune import results, trees
-from jaxprune.config import Arm, Study, phases
+from jaxprune.config import Study, phases, sparsity_of_level
 from jaxprune.data import Data, Split, digest
 from jaxprune.evaluate import make_score
 from jaxprune.identity import Identity, combine, fingerprint
+from jaxprune.networks import as_network
 from jaxprune.results import Row
-from jaxprune.study.epoch import Running, repeat
+from jaxprune.study.dense import prune_dense
+from jaxprune.study.epoch import Running, keys_of, repeat
 from jaxprune.study.programs import Programs
 from jaxprune.study.progress import Meter, Report, lines
 from jaxprune.study.record import Record
 from jaxprune.study.setup import Setup, make_setup
 from jaxprune.study.stages import UPDATES_PER_EPOCH, run
-from jaxprune.train import init_state, make_step
-from jaxprune.types import Network, Task
+from jaxprune.train import TrainState, init_state, make_step
+from jaxprune.types import Apply, Network, Params, State, Task
 
 
 def run_sweep(
@@ -97,7 +101,7 @@ def run_sweep(
         setup = setup._replace(stepped=record.config.get("stepped", setup.stepped))
         programs = Programs(setup)
         order = tuple(arm for arm in record.arms if arm in setup.arms)
-        run(Running(setup, programs, Meter(report), record.levels, order), record)
+        run(Running(setup, programs, Meter(report), record.waves, order), record)
         record.add_seconds("compilation", programs.clock.compiling)
         record.config["compilations"] += programs.clock.count
         return record.finish()
@@ -156,8 +160,56 @@ def _identities(setup: Setup, state: Any) -> dict[Any, Identity]:
         "score": fingerprint(make_score(network, setup.task), *level, split, split, None),
     }
     for name in setup.criteria:
-        arm = Arm(name, *setup.arms[0][1:])
         found["criterion", name] = fingerprint(
-            lambda *args, arm=arm: setup.scores(arm, *args), setup.params, state, batch
+            lambda *args, name=name: setup.scores(name, *args), setup.params, state, batch
         )
     return found
+
+
+def prune_curve(
+    network: Network | Apply,
+    params: Params,
+    data: Data,
+    study: Study = Study(),
+    *,
+    state: State | None = None,
+    task: Task | None = None,
+) -> list[Row]:
+    """Prune a network trained elsewhere at every level, by every one-shot arm, and score it.
+
+    Args:
+        network: `apply(params, x) -> outputs`, or a `Network`.
+        params: its parameters.
+        data: `train` is what criteria look at, `val` fits (a temperature), `test` is reported.
+        study: criteria, granularities, scopes and levels; epochs, seeds and protocols are not used.
+        state: the state of a `Network` that has one.
+        task: by default what the targets suggest; see `tasks.default_task`.
+
+    Returns:
+        A `Row` an arm and level, of protocol `one_shot`, seed 0 and epoch 0. Churn is against the
+        network as given. Seconds do not include compilation.
+
+    Raises:
+        ValueError: what does not fit: levels, data, or parameters that cannot be pruned.
+        TypeError: likewise.
+        config.NotFinite: scores that are not finite.
+
+    Example:
+        >>> from jaxprune.data import Split
+        >>> images = Split(np.eye(2, dtype=np.float32), np.arange(2, dtype=np.int32))
+        >>> params = {"hidden": jnp.diag(jnp.array([2.0, 1.0])), "output": jnp.eye(2)}
+        >>> study = jp.Study(levels=(0, 50), granularities=("unit",))
+        >>> apply = lambda p, x: jax.nn.relu(x @ p["hidden"]) @ p["output"]
+        >>> rows = prune_curve(apply, params, Data(images, images, images), study)
+        >>> [(row.target_sparsity, row.metrics["accuracy"]) for row in rows]
+        [(0.0, 1.0), (0.5, 0.5)]
+    """
+    network, state = as_network(network), {} if state is None else state
+    study = dataclasses.replace(study, protocols=("one_shot",))
+    setup = make_setup(network, data, study, task, None, params, state)
+    running = Running(setup, Programs(setup), Meter(lambda _: None), (study.levels,), setup.arms)
+    params, state = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (params, state))
+    batch = setup.batch(keys_of(0).scoring)
+    rows = prune_dense(running, 0, 0, TrainState(params, state, ()), batch).rows
+    place = {float(sparsity_of_level(level)): i for i, level in enumerate(study.levels)}
+    return sorted(rows, key=lambda row: (setup.arms.index(row.arm), place[row.target_sparsity]))
