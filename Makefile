@@ -4,6 +4,7 @@ PYTHON ?= python3
 EXTRAS ?= dev
 ARGS ?=
 RUN ?= figures
+PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile
 
 # An environment holds a stamp, written last, of what it was made of: the place and the pins. One that
 # was interrupted, moved, edited or lost its interpreter is made anew; one that is right is not touched.
@@ -44,10 +45,10 @@ sweep: .venv/stamp $(if $(filter -h --help --data-dir% mnist --dataset=mnist $(f
 	@.venv/bin/python experiments/sweep.py $(ARGS)
 
 test: .venv/stamp data ## the tests but the slow ones; ARGS="-k masks"
-	@.venv/bin/python -m pytest $(ARGS)
+	@.venv/bin/python -m pytest $(PARALLEL) $(ARGS)
 
 test-slow: .venv/stamp data ## all tests
-	@.venv/bin/python -m pytest -m '' $(ARGS)
+	@.venv/bin/python -m pytest $(PARALLEL) -m '' $(ARGS)
 
 lint: .venv/stamp ## style and types
 	@status=0; \

@@ -32,10 +32,9 @@ import optax
 from jaxprune import config, data, networks, structure, trees
 from jaxprune.criteria import magnitude
 from jaxprune.masks import apply_masks, masks_at
-from jaxprune.study import parts
+from jaxprune.study.parts import Part, compact
 from jaxprune.study.programs import Programs
-from jaxprune.study.rows import keep_all
-from jaxprune.study.setup import make_setup
+from jaxprune.study.setup import keep_all, make_setup
 from jaxprune.study.stages import UPDATES_PER_EPOCH
 from jaxprune.train import TrainState, batch_indices
 from jaxprune.types import Counts, Masks, Params
@@ -160,7 +159,8 @@ class Benchmark:
 
     def train(self, masks: Masks, steps: int) -> Params:
         """Shuffle, make the first steps of an epoch from where the last call ended, and return."""
-        self.carry, _ = self.programs.whole.train(self.carry, masks, *self.batches(steps))
+        (part,), _, _ = self.programs.train([Part(self.carry, masks)], *self.batches(steps))
+        self.carry = part.carry
         return self.carry.params
 
     def batches(self, steps: int) -> tuple[Any, ...]:
@@ -169,9 +169,9 @@ class Benchmark:
         batches = batch_indices(jax.random.key(0), len(y), BATCH_SIZE)
         return x, y, batches, jax.random.key(0), np.int32(0), np.int32(steps)
 
-    def score(self, levels: Sequence[parts.Part]) -> float:
+    def score(self, levels: Sequence[Part]) -> float:
         """Return the seconds of scoring all levels."""
-        return parts.score(levels, self.setup, self.programs, None)[2]
+        return self.programs.score(levels, None)[2]
 
     def compare(
         self, name: str, goal: str, ours: Callable[[], float], other: str,
@@ -235,7 +235,7 @@ class Benchmark:
     def measure_evaluation(self) -> None:
         (_, val, test), levels = self.data, len(self.targets)
         self.start(levels)
-        whole = [parts.Part(self.carry, self.masks["weight"])]
+        whole = [Part(self.carry, self.masks["weight"])]
         # The padding of batches is not counted, so what is wasted on it lowers the rate.
         flop = 2 * levels * (len(val.y) + len(test.y)) * macs(self.sizes, training=False)
         self.compare(
@@ -268,21 +268,21 @@ class Benchmark:
 
         levels, units = len(self.targets), self.masks["unit"]
         carry = TrainState(self.start(levels), {}, ())
-        whole = [parts.Part(carry, self.masks["weight"])]
+        whole = [Part(carry, self.masks["weight"])]
         self.compare(  # reading the program and taking the units out included
             f"evaluation of {levels} unit levels", ">= 3 x",
-            lambda: clock(lambda: self.score(parts.compact(carry, units, self.setup)))[1],
+            lambda: clock(lambda: self.score(compact(carry, units, self.setup)))[1],
             f"{levels} weight levels", lambda _: clock(self.score, whole)[1],
         )  # fmt: skip
         pruned = jax.tree.map(lambda leaf: leaf[1:], units)
         steps = max(1, round(self.epoch_steps / UPDATES_PER_EPOCH))
         self.start(levels - 1)
-        smaller, args = parts.compact(self.carry, pruned, self.setup), self.batches(steps)
-        train = self.programs.whole.train
+        smaller, args = compact(self.carry, pruned, self.setup), self.batches(steps)
+        whole = [Part(self.carry, pruned)]
         self.compare(
             f"training of {levels - 1} unit levels, pruned, {steps} steps", ">= 3.3 x",
-            lambda: parts.train(smaller, self.setup, self.programs, *args)[2], "masked",
-            lambda _: self.programs.clock.time(train, self.carry, pruned, *args)[1],
+            lambda: self.programs.train(smaller, *args)[2], "masked",
+            lambda _: self.programs.train(whole, *args)[2],
         )  # fmt: skip
 
     def measure_masked_training(self) -> None:
@@ -291,7 +291,7 @@ class Benchmark:
         levels, steps = len(pruned), max(1, round(self.epoch_steps / UPDATES_PER_EPOCH))
         earlier, last = self.counts_of([t * 999 / 1000 for t in pruned]), self.counts_of(pruned)
         params = self.start(levels)
-        whole = keep_all(params, levels)
+        whole = keep_all(params)
 
         def update(g: str, params: Params, masks: Masks, counts: Counts) -> tuple[Masks, float]:
             args = self.by[g], params, {}, masks, self.batch, counts

@@ -112,11 +112,9 @@ class Study:
         check_choices("scopes", self.scopes, SCOPES)
         check_choices("protocols", self.protocols, PROTOCOLS)
         for name, least in _LEAST.items():
-            value: Any = getattr(self, name)
-            if value is None and name == "levels_at_once":
-                continue
-            check_at_least(least, **{name: value})
-            object.__setattr__(self, name, operator.index(value))  # JSON knows none of NumPy's
+            if name != "levels_at_once" or self.levels_at_once is not None:
+                check_at_least(least, **{name: (value := getattr(self, name))})
+                object.__setattr__(self, name, operator.index(value))  # JSON knows none of NumPy's
 
     def arms(self, criteria: tuple[str, ...]) -> tuple[Arm, ...]:
         """Return all arms of criteria of these names, in the order in which they run."""

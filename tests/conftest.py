@@ -17,12 +17,16 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
 
+import jaxprune
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Before the first import of a module of the package. An int is a float, as for every type checker.
+# The interpreters of traced programs call millions of small functions: pyright checks these alone.
+rooms = {path.stem for path in Path(jaxprune.__path__[0]).iterdir()} - {"structure", "sparse"}
 tower = "beartype.BeartypeConf(is_pep484_tower=True)"
-install_import_hook("jaxprune", f"beartype.beartype(conf={tower})")
+install_import_hook([f"jaxprune.{room}" for room in rooms], f"beartype.beartype(conf={tower})")
 
 from jaxprune import data  # noqa: E402
 

@@ -369,9 +369,10 @@ def levels_of(wrap, *values):
 def make_run(path, wrap):
     """Write a run of which `UNFINISHED` and the networks of seed 1 are still to be made."""
     folder = path / "checkpoints"
-    masks = {WEIGHT.slug: levels_of(wrap, True, False, True), UNIT.slug: levels_of(wrap, False)}
     mean = {"mean": np.ones(3)}
-    checkpoints.save(folder / "dense-seed0/0002", params=wrap(KERNEL), state=mean, one_shot=masks)
+    checkpoints.save(folder / "dense-seed0/0002", params=wrap(KERNEL), state=mean)
+    for arm, masks in ((WEIGHT, (True, False, True)), (UNIT, (False,))):
+        checkpoints.save(folder / f"{arm.slug}-seed0/0002", masks=levels_of(wrap, *masks))
     for batch, values in (("", (5, 7)), ("-levels1", (9,))):
         checkpoints.save(
             folder / f"{TRAINED.slug}-seed0{batch}/0002",

@@ -646,7 +646,7 @@ def test_masks_of_another_network(tmp_path):
 def test_unknown_values(tmp_path, values):
     # Past the check of types that the tests turn on.
     with pytest.raises(ValueError, match=f"values must be .*, got '{values}'"):
-        storage.save_sparse.__wrapped__(tmp_path / "net", {}, {}, values=values)
+        storage.save_sparse(tmp_path / "net", {}, {}, values=values)
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,8 @@ class Run:
         """
         import jax
 
+        from jaxprune import checkpoints
+
         wanted = tuple(str(getattr(arm, name, arm)) for name in Arm._fields)
         waves = [[other for other in wave if other] for wave in self.config["levels"]]
         levels = sum(waves, [])
@@ -211,7 +213,10 @@ class Run:
         state = self._load(dense, "state", state_like)
         if not level:
             return Pruned(params, state, jax.tree.map(lambda w: np.ones(w.shape, bool), params))
-        stage, at, n = stage_name(seed, arm), levels.index(level), len(levels)
+        stage, at = stage_name(seed, arm), levels.index(level)
+        saved = checkpoints.contents(self._checkpoint(stage))["masks"]["leaves"]
+        if at >= (n := saved[0][2][0]):  # the first axis of the first leaf's shape
+            raise ValueError(f"{self.path} is not finished: it lacks masks of {arm}")
         masks = _cut(self._load(stage, "masks", _stacked(params_like, n, bool)), at)
         if self.config["settings"].get("recalibrate") and jax.tree.leaves(state):
             state = _cut(self._load(stage, "state", _stacked(state_like, n)), at)
