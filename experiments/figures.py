@@ -4,7 +4,7 @@
 
 RUN is the directory of a run, or a folder with its results.csv and config.json, such as figures/.
 Those two files are written beside the figures, so that they can be redrawn again. RESULTS.md has
-the tables, also of benchmark.json, inference.json and resnet.json where they lie there.
+the tables, also of benchmark.json and inference.json where they lie there.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def redraw(run_dir: Path, out: Path) -> list[Path]:
     from experiments import results_page
     from jaxprune import figures, report
 
-    found = {name: results.read_json(path) for name in ("benchmark", "inference", "resnet")
+    found = {name: results.read_json(path) for name in ("benchmark", "inference")
              if (path := out / f"{name}.json").exists()}  # fmt: skip
     note = figures.describe(run.config["settings"])
     drawn = figures.draw_figures(run.rows, run.metrics, note=note) | draw_costs(found)
@@ -54,10 +54,6 @@ def draw_costs(found: dict[str, Any]) -> dict[str, Any]:
         note = f"{network}, seed {costs['seed']}; {costs['device']}"
         drawn["inference-speed"] = figures.speedups(costs["speed"], note=note)
         drawn["file-sizes"] = figures.file_sizes(costs["files"], note=network)
-    if resnet := found.get("resnet"):
-        level = resnet["settings"]["level"]
-        note = f"ResNet-20 without {level:g}% of the units of every group; {resnet['device']}"
-        drawn["resnet-training"] = figures.training_cost(resnet["rows"], note=note)
     return drawn
 
 

@@ -3,18 +3,17 @@
 `experiments/figures.py` writes the page. What others published is here, since no file holds it.
 """
 
-import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean, median, quantiles
 from typing import Any
 
-from experiments.inference_speed import GOALS, LATEST, RATES, coding_rate, gflops
+from experiments.inference_speed import coding_rate, gflops
 from jaxprune.config import Arm
 from jaxprune.figures import crossover
 from jaxprune.report import Section
-from jaxprune.results import Run, Table, difference, tables
+from jaxprune.results import Run, Table, tables
 
 # Accuracy in percent on Fashion-MNIST, one-shot, one seed each, at 0 25 50 60 70 80 90 95 97 99%.
 LEVELS = (0, 25, 50, 60, 70, 80, 90, 95, 97, 99)
@@ -46,7 +45,7 @@ def sections(run: Run, found: Mapping[str, Any], drawn: Mapping[str, Any]) -> li
 
     Args:
         run: whose rows the tables are of.
-        found: by name (benchmark, inference, resnet) what those files hold, if they are there.
+        found: by name (benchmark, inference) what those files hold, if they are there.
         drawn: the figures, by name.
     """
 
@@ -60,12 +59,6 @@ def sections(run: Run, found: Mapping[str, Any], drawn: Mapping[str, Any]) -> li
     levels = {round(100 * row.target_sparsity, 6) for row in run.rows}
     if arms <= set(run.arms) and levels.issuperset(LEVELS):
         parts.append(Section("Beside published accuracy", [SOURCES], [accuracy_table(run)]))
-        lines = row_claims(run)
-        if {"benchmark", "inference"} <= set(found):
-            lines += cost_claims(found["benchmark"], found["inference"])
-        parts.append(Section("The original's claims", [], [
-            Table("", columns("claim", "measured", "result"), lines)
-        ]))  # fmt: skip
         parts.append(Section("Calibration", [], [loss_table(run)], some("calibration")))
     parts.append(Section("Epoch by epoch", [], [], some("epoch")))
     if "benchmark" in found:
@@ -73,8 +66,6 @@ def sections(run: Run, found: Mapping[str, Any], drawn: Mapping[str, Any]) -> li
     if "inference" in found:
         parts.append(inference_section(found["inference"], some("inference")))
         parts.append(files_section(found["inference"], some("file")))
-    if "resnet" in found:
-        parts.append(resnet_section(found["resnet"], some("resnet")))
     return parts
 
 
@@ -137,83 +128,6 @@ def loss_table(run: Run) -> Table:
     return by_level("weight, one-shot", lines, LEVELS)
 
 
-def row_claims(run: Run) -> list[list[str]]:
-    """Return claims of the original on accuracy and loss: the claim, what is measured, result."""
-    claim, lines = "weight pruning beats unit pruning", []
-    for protocol in ("one_shot", "trained"):
-        weight, unit = (Arm("magnitude", g, "layer", protocol) for g in PUBLISHED)
-        gaps = [difference(run.rows, weight, unit, level / 100, "accuracy")
-                for level in (70, 80, 90, 95)]  # fmt: skip
-        gap = ", ".join(f"{100 * mean:.1f} ± {100 * (half or 0):.1f}" for mean, half in gaps)
-        lines.append([claim, f"by weight less by unit at 70, 80, 90, 95%, {protocol}, points", gap])
-        ours, theirs = (cells(run, g, protocol, "accuracy") for g in PUBLISHED)
-        (first, left), (second, other) = ours[90], theirs[80]
-        sizes = f"90% by weight ({left} left) against 80% by unit ({other} left)"
-        lines.append([claim, f"{sizes}, {protocol}, %", f"{first} against {second}"])
-    for metric in run.metrics:
-        if metric.name in ("accuracy", "loss", "scaled_loss"):
-            found = cells(run, "weight", "one_shot", metric.name)
-            what = f"{metric.label} by weight, one_shot, 0% to 70%, {metric.unit}"
-            lines.append(
-                ["loss tells more than accuracy", what, f"{found[0][0]} to {found[70][0]}"]
-            )
-    return lines
-
-
-def cost_claims(timed: dict, pruned: dict) -> list[list[str]]:
-    """Return claims of the original on time, files and memory, likewise."""
-
-    def faster(start: str) -> str:
-        rows = [row for row in timed["rows"] if row["name"].startswith(start)]
-        return ", ".join(f"{median(row['ratios']):.1f}" for row in rows)
-
-    def listed(ratio: Callable[[float], float]) -> str:
-        return ", ".join(f"{ratio(level):.1f}" for level in (80, 90, 95, 99))
-
-    def size(values: str) -> str:
-        return listed(lambda k: files[k, values]["dense"] / files[k, values]["bytes"])
-
-    updates = [f"{row['name'].split(', ')[1]} {1e3 * median(row['seconds']):.0f} ms "
-               f"({100 * median(row['ratios']):.1f}%)"
-               for row in timed["rows"] if row["name"].startswith("update")]  # fmt: skip
-    found = [re.fullmatch(r"inference without (.+)% of the units.*bytes / (.+)", row["name"])
-             for row in timed["rows"]]  # fmt: skip
-    levels, fewer = zip(*(match.groups() for match in found if match), strict=True)
-    files, one, many = files_of(pruned), by_weight(pruned, 1), by_weight(pruned, 256)
-    weights, units = "at 80, 90, 95, 99% by weight", f"at {', '.join(levels)}% by unit"
-    if joules := pruned["joules"]:
-        power = (f"{1e3 * joules['ours']:.3g} mJ at {joules['level']:g}% by weight, batch 256; "
-                 f"dense {1e3 * joules['dense']:.3g} mJ (RAPL)")  # fmt: skip
-    else:
-        power = "not measured: this machine does not report it (no RAPL to be read)"
-    claims = {
-        "weight pruning costs more to train": {
-            "training under masks": "the same program for both",
-            "nine levels selected anew (share of the training between)": ", ".join(updates),
-            "training of nine levels without their units, times as fast": faster("training of 9"),
-        },
-        "inference takes the same time for both": {
-            "under masks": "the same dense products",
-            f"without the units {units}, batch 256, times as fast": faster("inference"),
-            "ten levels evaluated by unit, times as fast": faster("evaluation of 10 unit"),
-            f"`compile_sparse` {weights}, batch 256, times as fast as dense":
-                listed(lambda level: median(many[level]["ratios"])),
-            "the same, batch 1": listed(lambda level: median(one[level]["ratios"])),
-        },
-        "sparse models compress better": {
-            f"parameters without the units {units}, times fewer bytes": ", ".join(fewer),
-            f"files {weights}, times smaller, lossless": size("float32"),
-            "the same, 32 values a layer": size("codebook5"),
-        },
-        "sparse models need less memory and power": {
-            f"`compile_sparse` {weights}, batch 1, times fewer bytes":
-                listed(lambda level: one[level]["dense_bytes"] / one[level]["bytes"]),
-            "energy of a call": power,
-        },
-    }  # fmt: skip
-    return [[claim, *line] for claim, lines in claims.items() for line in lines.items()]
-
-
 def speed_section(timed: dict) -> Section:
     """Return the benchmark's medians."""
     rates, lines = [rate for row in timed["rows"] for rate in row["rates"]], []
@@ -257,13 +171,19 @@ def inference_section(found: dict, drawn: Mapping[str, Any]) -> Section:
             low, middle, high = quantiles(here[batch]["ratios"], n=4)
             lines[-1] += [f"{1000 * median(here[batch]['seconds']['ours']):.3g}",
                           f"{middle:.2f} ({low:.2f}–{high:.2f})"]  # fmt: skip
-    at = crossover([*by_weight(found, 256).values()])
+    at, power = crossover([*by_weight(found, 256).values()]), "not reported here (no RAPL)"
+    if joules := found["joules"]:
+        power = (
+            f"{1e3 * joules['ours']:.3g} mJ at {joules['level']:g}% by weight; dense "
+            f"{1e3 * joules['dense']:.3g} mJ (RAPL)"
+        )
     note = (
         f"{machine(found, found['rates'])}. Networks of seed {found['seed']}, trained with their "
         "masks. Medians of calls in turns with dense, the faster of XLA and NumPy; in brackets the "
         "quartiles. Bytes are of weights, inputs, results and buffers, and of what is compiled the "
         "kept weights once more, at the largest batch. The crossover at batch 256, the lowest "
-        f"level (%) by weight that is at least 3% faster than dense: {at} (goal: {LATEST} at most)."
+        f"level (%) by weight that is at least 3% faster than dense: {at}. Energy of a call "
+        f"there: {power}."
     )
     rates = {
         f"batch {n}": [f"{gflops(r):.0f}" for r in by_weight(found, n).values()] for n in batches
@@ -314,67 +234,7 @@ def files_section(found: dict, drawn: Mapping[str, Any]) -> Section:
     )
     made = [by_level("kB", lines, levels)]
     made.append(by_level("MB of dense weights saved, loaded a second", rates, levels))
-    return Section("Files", [note, goals(found)], made, drawn)
-
-
-def goals(found: dict) -> str:
-    """Name the goals that the measured figures miss, or say that they reach all."""
-    missed = defaultdict(list)
-
-    def check(reached: bool, goal: str, where: str, figure: str) -> None:
-        if not reached:
-            missed[goal].append(f"{where} ({figure})")
-
-    for row in found["speed"]:
-        key = row["granularity"], row["batch"], row["level"]
-        where = f"{row['granularity']} {row['level']:g}% at batch {row['batch']}"
-        _, ratio, high = quantiles(row["ratios"], n=4)
-        rate, least, fast = gflops(row), RATES.get(key, 0), GOALS.get(key, 0)
-        check(ratio >= fast, f"{fast:g} times as fast as dense", where, f"{ratio:.2f}")
-        check(rate >= least, f"{least} GFLOP/s of kept multiply-adds", where, f"{rate:.1f}")
-        check(high >= 1, "never slower than dense, by the upper quartile", where, f"{high:.2f}")
-    at, files = crossover([*by_weight(found, 256).values()]), files_of(found)
-    check(at is not None and at <= LATEST, f"crossover by {LATEST}%", "at batch 256", f"{at}")
-    for (level, values), file in files.items():
-        where, whole = f"`{values}` {level:g}%", files[level, "float32"]
-        for field in ("saving", "loading"):
-            goal = f"{field} at 100 MB/s of dense weights"
-            check(file[field] >= 100, goal, where, f"{file[field]:.1f}")
-        if file is not whole:
-            continue
-        part, limit = file["bytes"] / file["bound"], 0.97 if level <= 95 else 1.0
-        check(level < 50 or part <= limit, f"at most {limit} of the bound", where, f"{part:.3f}")
-        other = file["bytes"] / min(file[name] for name in FORMATS if name != "bound")
-        check(other < 1, "smaller than bitmap, CSR, npz and gzip", where, f"{other:.3f} times")
-        times = max((f["dense"] / f["bytes"] for (k, name), f in files.items()
-                     if k == level and name.startswith("codebook")
-                     and f["accuracy"] >= whole["accuracy"] - 0.002), default=0)  # fmt: skip
-        goal = "40 times smaller by codebook, within 0.2 points of float32, at 92 to 95%"
-        check(times >= 40 or not 92 <= level <= 95, goal, where, f"{times:.1f}")
-    lines = [f"{goal}: {', '.join(where)}" for goal, where in missed.items()]
-    return f"Goals missed: {'; '.join(lines)}." if lines else "Every goal is reached."
-
-
-def resnet_section(found: dict, drawn: Mapping[str, Any]) -> Section:
-    """Return masked beside compact training of ResNet-20, a line a seed."""
-    settings, lines = found["settings"], []
-    for seed in settings["seeds"]:
-        last = {row["phase"]: row for row in found["rows"] if row["seed"] == seed}
-        pair = last["masked"], last["compact"]
-        lines.append([
-            str(seed), *(f"{100 * row['accuracy']:.2f}" for row in last.values()),
-            " → ".join(f"{row['parameters']:,}" for row in pair),
-            " → ".join(f"{row['cpu_seconds']:.0f}" for row in pair),
-        ])  # fmt: skip
-    names = columns("seed", "dense, %", "masked, %", "compact, %", "parameters", "CPU s an epoch")
-    note = (
-        f"{found['device']}, jax {found['versions']['jax']}; {settings['examples']:,} images an "
-        f"epoch, width {settings['width']}. Dense after {settings['epochs'] // 2} epochs; from "
-        f"there without {settings['level']:g}% of the units of every group, to epoch "
-        f"{settings['epochs']}: under masks, and as the smaller network with its optimizer state. "
-        "By experiments/resnet.py of commit 01de821."
-    )
-    return Section("ResNet-20, masked and compact", [note], [Table("", names, lines)], drawn)
+    return Section("Files", [note], made, drawn)
 
 
 def machine(found: dict, rates: Sequence[float]) -> str:

@@ -21,8 +21,6 @@ from jaxprune.config import PRESETS, Config, NotFinite
 if TYPE_CHECKING:
     from jaxprune.study import Progress
 
-_LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
-
 
 def main() -> None:
     """Read the flags, run the study, and turn what goes wrong into a line and an exit status."""
@@ -121,27 +119,21 @@ def progress_display() -> Iterator[Callable[["Progress | str"], None]]:
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn
     from rich.progress import Progress as Bars
 
+    from jaxprune.study.progress import lines
+
     console = Console(highlight=False)
-    bars = Bars(
-        TextColumn("{task.description}"), BarColumn(bar_width=20), TaskProgressColumn(),
-        console=console, disable=not console.is_terminal,
-    )  # fmt: skip
+    if not console.is_terminal:
+        yield lines(sys.stdout)
+        return
+    columns = TextColumn("{task.description}"), BarColumn(bar_width=20), TaskProgressColumn()
+    bars = Bars(*columns, console=console)
     task = bars.add_task("compiling", total=1.0)
-    last = ("", -_LINE_SECONDS)
 
     def tell(what: "Progress | str") -> None:
-        nonlocal last
         if isinstance(what, str):
             console.print(f"note: {what}", soft_wrap=True, markup=False)
-            return
-        text = str(what)
-        if console.is_terminal:
-            bars.update(task, completed=what.done, description=text)
-            return
-        now, stage = time.perf_counter(), text.split(" · ")[0]
-        if stage != last[0] or now - last[1] >= _LINE_SECONDS:
-            last = (stage, now)
-            console.print(f"{what.done:4.0%}  {text}", soft_wrap=True, markup=False)
+        else:
+            bars.update(task, completed=what.done, description=str(what))
 
     with bars:
         yield tell

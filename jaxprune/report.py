@@ -157,11 +157,11 @@ def _markdown_table(table: Table) -> str:
 
 def _html_table(table: Table) -> str:
     kinds = [' class="number"' * number for number in _are_numbers(table)]
-    groups = [(name, len([*same])) for name, same in groupby(group for group, _ in table.columns)]
-    heads = [[f'<th colspan="{width}">{html.escape(name)}</th>' for name, width in groups]]
+    wide = [(name, len([*same])) for name, same in groupby(head for head, _ in table.columns)]
+    heads = [[f'<th colspan="{width}">{html.escape(name)}</th>' for name, width in wide]]
     names = zip(table.columns, kinds, strict=True)
     heads.append([f'<th scope="col"{kind}>{html.escape(name)}</th>' for (_, name), kind in names])
-    heads = heads if any(name for name, _ in groups) else heads[1:]
+    heads = heads if any(name for name, _ in wide) else heads[1:]
     rows = [[f"<td{kind}>{html.escape(cell)}</td>" for cell, kind in zip(line, kinds, strict=True)]
             for line in table.lines]  # fmt: skip
     head, body = (

@@ -333,19 +333,7 @@ def test_file_sizes_are_means_over_seeds_with_their_range() -> None:
     assert len(others) == 5
 
 
-def test_training_cost_adds_up_epochs_from_where_dense_ended() -> None:
-    rows = [{"seed": 0, "phase": phase, "epoch": epoch, "accuracy": accuracy, "parameters": size,
-             "cpu_seconds": seconds}
-            for phase, epoch, accuracy, size, seconds in (
-                ("dense", 1, 0.8, 900, 60), ("dense", 2, 0.9, 900, 60),
-                ("masked", 3, 0.85, 900, 60), ("compact", 3, 0.86, 300, 30))]  # fmt: skip
-    left, right = drawn(figures.training_cost(rows)).axes
-    np.testing.assert_allclose(data(left, "dense"), [[1, 2], [0.8, 0.9]])
-    np.testing.assert_allclose(data(left, "compact"), [[2, 2.5], [0.9, 0.86]])
-    assert [float(line.get_xdata()[0]) for line in right.lines] == [900, 900, 300]  # pyright: ignore
-
-
-@pytest.mark.parametrize("draw", [figures.speedups, figures.file_sizes, figures.training_cost])
+@pytest.mark.parametrize("draw", [figures.speedups, figures.file_sizes])
 def test_costs_of_nothing_are_refused(draw: Any) -> None:
     with pytest.raises(ValueError, match="needs at least one row"):
         draw([])

@@ -8,7 +8,6 @@ from jaxprune.figures.costs import CROSSOVER as CROSSOVER
 from jaxprune.figures.costs import crossover as crossover
 from jaxprune.figures.costs import file_sizes as file_sizes
 from jaxprune.figures.costs import speedups as speedups
-from jaxprune.figures.costs import training_cost as training_cost
 from jaxprune.figures.epochs import epoch_training as epoch_training
 from jaxprune.figures.panels import save_figures as save_figures
 from jaxprune.figures.sweeps import calibration_and_churn as calibration_and_churn
@@ -30,6 +29,5 @@ __all__ = [
     "k_sparsity",
     "save_figures",
     "speedups",
-    "training_cost",
     "weight_vs_unit",
 ]

@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 
 from jaxprune.config import Arm
 from jaxprune.figures.panels import Look, Points, curve, footnote, over_seeds
-from jaxprune.results import Row
+from jaxprune.results import Row, drawn_metrics
 from jaxprune.types import Metric
 
 Family = tuple[str, str]
@@ -27,17 +27,6 @@ _PROTOCOLS: dict[str, Look] = {
 }
 _OTHER: Look = {"linestyle": "-."}
 _GUESS: Look = {"color": "0.4", "linestyle": ":", "linewidth": 1, "label": "blind guess"}
-
-
-def drawn_metrics(metrics: Sequence[Metric]) -> list[Metric]:
-    """Return the two that are shown first."""
-    return [metric for metric in metrics if metric.drawn][:2] or list(metrics[:2])
-
-
-def last_epoch(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows of the last epoch."""
-    last = max((row.epoch for row in rows), default=0)
-    return [row for row in rows if row.epoch == last]
 
 
 def present(rows: Iterable[Row], field: str) -> list[str]:

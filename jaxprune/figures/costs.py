@@ -1,4 +1,4 @@
-"""Draw what pruned networks cost: their speed, the bytes of their files, and their training."""
+"""Draw what pruned networks cost: their speed, and the bytes of their files."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +13,6 @@ from jaxprune.figures.panels import (
     footnote,
     level_axis,
     log_axis,
-    over_seeds,
     panels,
     percent,
 )
@@ -42,11 +41,6 @@ _FORMATS: dict[str, dict[str, Any]] = {
         "color": "0.6", "marker": "s", "markerfacecolor": "none", "markersize": 6, "label": "gzip"
     },
 }  # fmt: skip
-_PHASES: dict[str, dict[str, Any]] = {
-    "dense": {"color": "0.45", "marker": "o"},
-    "masked": {"color": "#0072B2", "marker": "s"},
-    "compact": {"color": "#D55E00", "marker": "D"},
-}
 
 
 def crossover(rows: Sequence[Mapping[str, Any]]) -> int | float | None:
@@ -150,48 +144,6 @@ def file_sizes(rows: Sequence[Mapping[str, Any]], *, note: str = "") -> Figure:
         "bound: of places that are independent, and float32 values; files are below it because "
         "values compress",
     )  # fmt: skip
-    return fig
-
-
-@style.context(STYLE, after_reset=True)
-def training_cost(rows: Sequence[Mapping[str, Any]], *, note: str = "") -> Figure:
-    """Draw accuracy against the time of training, and against size: masked beside compact.
-
-    Args:
-        rows: mappings of `seed`, `phase` (dense, masked or compact), `epoch`, `accuracy`,
-            `cpu_seconds` (of the epoch) and `parameters`; masked and compact go on from dense.
-        note: for the footnote.
-
-    Raises:
-        ValueError: there are no rows.
-    """
-    if not rows:
-        raise ValueError("training_cost needs at least one row, got none")
-    fig, ((left, right),) = panels(1, 2, height=3.1, sharey="row")
-    seeds = sorted({row["seed"] for row in rows})
-    for seed in seeds:
-        dense: list[tuple[float, float]] = []
-        for phase, look in _PHASES.items():
-            here = [row for row in rows if (row["seed"], row["phase"]) == (seed, phase)]
-            here.sort(key=lambda row: row["epoch"])
-            path = dense[-1:]
-            for row in here:
-                before = path[-1][0] if path else 0.0
-                path = [*path, (before + row["cpu_seconds"] / 60, row["accuracy"])]
-            dense = path if phase == "dense" else dense
-            style_of_seed = {"linestyle": ("-", "--", ":", "-.")[seeds.index(seed) % 4]}
-            left.plot(*zip(*path, strict=True), **look, **style_of_seed,
-                      label=phase if seed == seeds[0] else "_seed")  # fmt: skip
-            right.plot(here[-1]["parameters"], here[-1]["accuracy"], linestyle="none", **look)
-    left.set(
-        xlabel="minutes of the processor, all cores", ylabel="test accuracy (%)", xlim=(0, None)
-    )
-    left.yaxis.set_major_formatter(FuncFormatter(lambda part, _: percent(round(part, 4))))
-    right.set(xlabel="parameters, after the last epoch", xlim=(0, None))
-    right.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:,.0f}"))
-    fig.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=3)
-    names = f"a line and a point a seed ({', '.join(map(str, seeds))})"
-    footnote(fig, note, names if len(seeds) > 1 else over_seeds(1))
     return fig
 
 

@@ -4,7 +4,6 @@ Both come from `results`; which two metrics are drawn, their labels, units and b
 task's. What has no rows is left out.
 """
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,16 +11,13 @@ from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from jaxprune.config import Arm
 from jaxprune.figures.arms import (
     add_name,
     arm_curves,
-    drawn_metrics,
     families_of,
     family_name,
     family_of,
     finish,
-    last_epoch,
     legend_of,
     looks_of,
     mark_guess,
@@ -30,8 +26,8 @@ from jaxprune.figures.arms import (
     zoom_in,
 )
 from jaxprune.figures.epochs import epoch_training
-from jaxprune.figures.panels import STYLE, Look, Points, curve, level_axis, metric_axis, panels
-from jaxprune.results import Row
+from jaxprune.figures.panels import STYLE, Look, curve, level_axis, metric_axis, panels
+from jaxprune.results import Row, drawn_metrics, last_epoch, paired
 from jaxprune.types import Metric
 
 _SCALED: Look = {"color": "#009E73", "marker": "D"}
@@ -131,7 +127,9 @@ def differences(rows: Sequence[Row], metrics: Sequence[Metric], *, note: str = "
             level_axis(ax, {row.target_sparsity for row in here}, f"{granularity}s")
             for arm in dict.fromkeys(row.arm for row in here if family_of(row) in others):
                 base = arm._replace(criterion=first[0], scope=first[1])
-                curve(ax, _paired(here, arm, base, metric.name), **look(arm))
+                pairs = paired(here, arm, base, metric.name)
+                points = {level: [(level, gap) for gap in gaps] for level, gaps in pairs.items()}
+                curve(ax, points, **look(arm))
             ax.axhline(0, color="0.5", linewidth=0.8)
         metric_axis(metric._replace(low=None, high=None), *line)
         unit = "points" if metric.unit == "%" else metric.unit
@@ -210,14 +208,3 @@ def describe(settings: Mapping[str, Any]) -> str:
     sizes = "-".join(map(str, settings.get("hidden_sizes", ())))
     texts = [settings.get("dataset"), settings.get("network"), sizes and f"hidden layers {sizes}"]
     return "; ".join(str(text) for text in texts if text)
-
-
-def _paired(rows: Sequence[Row], arm: Arm, base: Arm, metric: str) -> Points:
-    """Return by level (level, arm less base) of the seeds that both have."""
-    found = {(row.arm, row.target_sparsity, row.seed): row.metrics.get(metric) for row in rows}
-    points = defaultdict(list)
-    for level, seed in sorted(key[1:] for key in found if key[0] == arm):
-        ours, theirs = found[arm, level, seed], found.get((base, level, seed))
-        if ours is not None and theirs is not None:
-            points[level].append((level, ours - theirs))
-    return points

@@ -26,7 +26,9 @@ from jaxprune.results.runs import stage_name as stage_name
 from jaxprune.results.runs import write_json as write_json
 from jaxprune.results.tables import Table as Table
 from jaxprune.results.tables import difference as difference
+from jaxprune.results.tables import drawn_metrics as drawn_metrics
+from jaxprune.results.tables import last_epoch as last_epoch
 from jaxprune.results.tables import mean_interval as mean_interval
-from jaxprune.results.tables import spread as spread
+from jaxprune.results.tables import paired as paired
 from jaxprune.results.tables import tables as tables
 from jaxprune.results.tables import text as text

@@ -5,8 +5,8 @@ The `text` of the tables is what a sweep prints, and `report` renders the same t
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxprune.config import Arm
@@ -17,11 +17,9 @@ if TYPE_CHECKING:
 else:
     Metric = Any  # `types` imports jax
 
-_ByCell = dict[tuple[Arm, float], list[Row]]
-
 
 class Table(NamedTuple):
-    """A title of one line; (group, name) of every column; and lines of as many cells."""
+    """A title of one line; (heading, name) of every column; and lines of as many cells."""
 
     title: str
     columns: list[tuple[str, str]]
@@ -41,24 +39,37 @@ def mean_interval(values: Sequence[int | float]) -> tuple[float, float | None]:
     return mean, float(stdtrit(n - 1, 0.975)) * math.sqrt(variance / n)
 
 
-def spread(
-    values: Sequence[int | float], metric: Metric
-) -> tuple[float, float | None, float | None]:
-    """Return the mean and the ends of its 95% interval, in the unit shown: % a hundredfold.
+def last_epoch(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows of the last epoch."""
+    last = max((row.epoch for row in rows), default=0)
+    return [row for row in rows if row.epoch == last]
 
-    A t interval knows no bounds: it is cut where the metric has one. For one value ends are None.
+
+def drawn_metrics(metrics: Sequence[Metric]) -> list[Metric]:
+    """Return the two that tables and figures show first."""
+    return [metric for metric in metrics if metric.drawn][:2] or list(metrics[:2])
+
+
+def paired(rows: Sequence[Row], arm: Arm, other: Arm, metric: str) -> dict[float, list[float]]:
+    """Return by level by how much an arm's metric is above another's, of each seed that has both.
+
+    Args:
+        rows: of one epoch.
+        arm: which.
+        other: what it is compared with.
+        metric: the name of one of their metrics.
     """
-    scale = 100 if metric.unit == "%" else 1
-    mean, half = mean_interval([scale * value for value in values])
-    if half is None:
-        return mean, None, None
-    low = -math.inf if metric.low is None else float(scale * metric.low)
-    high = math.inf if metric.high is None else float(scale * metric.high)
-    return mean, max(mean - half, low), min(mean + half, high)
+    found = {(row.arm, row.target_sparsity, row.seed): row.metrics.get(metric) for row in rows}
+    differences = defaultdict(list)
+    for level, seed in sorted(key[1:] for key in found if key[0] == arm):
+        ours, theirs = found[arm, level, seed], found.get((other, level, seed))
+        if ours is not None and theirs is not None:
+            differences[level].append(ours - theirs)
+    return dict(differences)
 
 
 def difference(
-    rows: Sequence[Row], arm: Arm, other: Arm, level: int | float, metric: Metric | str
+    rows: Sequence[Row], arm: Arm, other: Arm, level: int | float, metric: str
 ) -> tuple[float, float | None]:
     """Return by how much an arm's metric is above another's after the last epoch.
 
@@ -67,7 +78,7 @@ def difference(
         arm: which.
         other: what it is compared with.
         level: as a fraction, as rows have it.
-        metric: one of its metrics, or the name of one.
+        metric: the name of one of their metrics.
 
     Returns:
         The mean of the seeds' differences and half its 95% interval; None for one seed.
@@ -75,55 +86,57 @@ def difference(
     Raises:
         ValueError: no seed has the metric for both arms.
     """
-    name = metric if isinstance(metric, str) else metric.name
-    by_cell = _last_epoch(rows)
-    pairs = _paired(by_cell.get((arm, level), []), by_cell.get((other, level), []), name)
+    pairs = paired(last_epoch(rows), arm, other, metric).get(level)
     if not pairs:
-        raise ValueError(f"no seed has {name} of both {arm} and {other} at {100 * level:.10g}%")
+        raise ValueError(f"no seed has {metric} of both {arm} and {other} at {100 * level:.10g}%")
     return mean_interval(pairs)
 
 
 def tables(rows: Sequence[Row], metrics: Sequence[Metric]) -> list[Table]:
-    """Lay out the last epoch: a table a protocol, then one of paired differences a protocol.
+    """Lay out the last epoch: tables of all arms, then tables of their paired differences.
 
-    A line is a level. Of each arm it has the two metrics that are drawn and the weights that
-    remain: the mean over the seeds ± half its 95% interval, or [low, high] where that is cut at the
-    metric's bounds. A dash stands for the interval of one seed, and for what is not known.
+    A table is of a protocol, a criterion and a scope, and a line of a level. Of each granularity it
+    has the two metrics that are drawn and the weights that remain. Of two seeds both values are
+    given, of more their mean ± half its 95% t interval, or [low, high] where that is cut at the
+    metric's bounds. A dash stands for what is not known.
 
     An arm is compared with the first of its granularity, and that with the first of all. Where
-    there is one arm or one seed, nothing is.
+    there is one arm of a protocol or one seed, nothing is.
     """
-    by_cell = _last_epoch(rows)
-    shown = [metric for metric in metrics if metric.drawn][:2] or metrics[:2]
-    places = {metric.name: _places(by_cell, metric) for metric in shown}
+    rows, shown = last_epoch(rows), drawn_metrics(metrics)
+    places = {metric.name: _places(rows, metric) for metric in shown}
     found, compared = [], []
-    for protocol in dict.fromkeys(arm.protocol for arm, _ in by_cell):
-        arms = list(dict.fromkeys(arm for arm, _ in by_cell if arm.protocol == protocol))
-        shared, labels = _labels(arms)
-        columns: dict[tuple[str, str], Callable[[float], str]] = {}
-        for arm, label in zip(arms, labels, strict=True):
-            for m in shown:
-                columns[label, _head(m)] = partial(_cell, by_cell, arm, m, places[m.name])
-            columns[label, "weights"] = partial(_weights, by_cell, arm)
-        found.append(_table(by_cell, arms, shared, "mean ± 95% interval", columns))
-        if len(arms) == 1 or not shown or len({row.seed for row in rows}) == 1:
-            continue
-        columns, m = {}, shown[0]
-        for i, arm in enumerate(arms[1:], 1):
-            first = next(j for j in range(i + 1) if arms[j].granularity == arm.granularity)
-            base = first if first < i else 0
-            columns[labels[i], f"minus {labels[base]}"] = partial(
-                _compared, by_cell, arm, arms[base], m, places[m.name]
-            )
-        what = f"{_head(m)}: paired differences ± 95% interval"
-        compared.append(_table(by_cell, arms, shared, what, columns))
+    for protocol in dict.fromkeys(row.protocol for row in rows):
+        arms = list(dict.fromkeys(row.arm for row in rows if row.protocol == protocol))
+        for family in dict.fromkeys((arm.criterion, arm.scope) for arm in arms):
+            own = [arm for arm in arms if (arm.criterion, arm.scope) == family]
+            levels, differences = {}, {}
+            for arm in own:
+                here = [row for row in rows if row.arm == arm]
+                for metric in shown:
+                    head = arm.granularity, f"{metric.name} {metric.unit}".rstrip()
+                    levels[head] = _cells(here, metric, places[metric.name])
+                levels[arm.granularity, "weights"] = _weights(here)
+                first = next(other for other in arms if other.granularity == arm.granularity)
+                base = arms[0] if first == arm else first
+                if base != arm and shown:
+                    head = f"minus {' '.join(a for a, b in zip(base, arm, strict=True) if a != b)}"
+                    pair = [row for row in rows if row.arm in (arm, base)]
+                    differences[arm.granularity, head] = _compared(
+                        pair, arm, base, shown[0], places[shown[0].name]
+                    )
+            title, seeds = ", ".join((protocol, *family)), {row.seed for row in rows}
+            found.append(_table(title, rows, own, levels))
+            if differences and len(seeds) > 1:
+                what = f"{shown[0].name} {shown[0].unit}".rstrip() + ": paired differences, "
+                compared.append(_table(title, rows, own, differences, what))
     return found + compared
 
 
 def text(table: Table) -> str:
     """Lay out a table for a terminal: the title, the headings and the lines, aligned."""
-    groups = [group for group, _ in table.columns]
-    heads = [group if at == groups.index(group) else "" for at, group in enumerate(groups)]
+    headings = [heading for heading, _ in table.columns]
+    heads = [name if at == headings.index(name) else "" for at, name in enumerate(headings)]
     cells = [heads, [name for _, name in table.columns], *table.lines]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(map(str.rjust, line, widths)).rstrip() for line in cells]
@@ -131,94 +144,90 @@ def text(table: Table) -> str:
 
 
 def _table(
-    by_cell: _ByCell, arms: Sequence[Arm], shared: Sequence[str], what: str,
-    columns: dict[tuple[str, str], Callable[[float], str]],
-) -> Table:  # fmt: skip
-    """Lay out one protocol: a line a level, a column of what each function says of it."""
-    rows = [row for arm, level in by_cell if arm in arms for row in by_cell[arm, level]]
-    seeds = len({row.seed for row in rows})
-    title = arms[0].protocol + (f" ({', '.join(shared)})" if shared else "")
-    over = "one seed" if seeds == 1 else f"{what} over {seeds} seeds"
+    title: str,
+    rows: Sequence[Row],
+    arms: Sequence[Arm],
+    columns: Mapping[tuple[str, str], Mapping[float, str]],
+    what: str = "",
+) -> Table:
+    """Lay out a line a level, of columns of cells by level."""
+    own = [row for row in rows if row.arm in arms]
+    seeds = len({row.seed for row in own})
+    over = {1: "one seed", 2: "both seeds"}
+    over = over.get(seeds, f"mean ± 95% interval over {seeds} seeds")
     lines = [
-        [f"{100 * level:.10g}", *(cell(level) for cell in columns.values())]
-        for level in sorted({row.target_sparsity for row in rows})
+        [f"{100 * level:.10g}", *(cells.get(level, "-") for cells in columns.values())]
+        for level in sorted({row.target_sparsity for row in own})
     ]
-    return Table(f"{title}, epoch {rows[0].epoch}, {over}", [("", "pruned %"), *columns], lines)
+    title = f"{title}, epoch {rows[0].epoch}, {what}{over}"
+    return Table(title, [("", "pruned %"), *columns], lines)
 
 
-def _last_epoch(rows: Sequence[Row]) -> _ByCell:
-    """Return the rows of the last epoch by arm and level."""
-    last = max((row.epoch for row in rows), default=0)
-    by_cell: _ByCell = {}
+def _by_level(rows: Sequence[Row], cell: Callable[[list[Row]], str]) -> dict[float, str]:
+    """Return a cell a level; of networks that diverged how many, or a mean would look too good."""
+    by_level: dict[float, list[Row]] = defaultdict(list)
     for row in rows:
-        if row.epoch == last:
-            by_cell.setdefault((row.arm, row.target_sparsity), []).append(row)
-    return by_cell
+        by_level[row.target_sparsity].append(row)
+    cells = {}
+    for level, here in by_level.items():
+        gone = sum(row.diverged for row in here)
+        many = "diverged" if gone == len(here) else f"{gone}/{len(here)} diverged"
+        cells[level] = many if gone else cell(here)
+    return cells
 
 
-def _labels(arms: Sequence[Arm]) -> tuple[list[str], list[str]]:
-    """Return what arms share of criterion and scope, and what each is called beside the others."""
-    varied = [name for name in ("criterion", "scope") if len({getattr(a, name) for a in arms}) > 1]
-    shared = [getattr(arms[0], name) for name in ("criterion", "scope") if name not in varied]
-    own = [name for name in Arm._fields if name in ("granularity", *varied)]
-    return shared, [" ".join(getattr(arm, name) for name in own) for arm in arms]
+def _cells(rows: Sequence[Row], metric: Metric, places: int) -> dict[float, str]:
+    def cell(here: list[Row]) -> str:
+        values = [row.metrics.get(metric.name) for row in here]
+        return _interval([value for value in values if value is not None], metric, places)
+
+    return _by_level(rows, cell)
 
 
-def _head(metric: Metric) -> str:
-    return f"{metric.name} {metric.unit}".rstrip()
-
-
-def _cell(by_cell: _ByCell, arm: Arm, metric: Metric, places: int, level: float) -> str:
-    rows = by_cell.get((arm, level), [])
-    known = [value for row in rows if (value := row.metrics.get(metric.name)) is not None]
-    return _diverged(rows) or _interval(known, metric, places)
+def _weights(rows: Sequence[Row]) -> dict[float, str]:
+    by_level = defaultdict(list)
+    for row in rows:
+        if row.remaining is not None:
+            by_level[row.target_sparsity].append(row.remaining)
+    return {level: f"{statistics.fmean(left):,.0f}" for level, left in by_level.items()}
 
 
 def _compared(
-    by_cell: _ByCell, arm: Arm, other: Arm, metric: Metric, places: int, level: float
-) -> str:
-    ours, theirs = by_cell.get((arm, level), []), by_cell.get((other, level), [])
+    rows: Sequence[Row], arm: Arm, other: Arm, metric: Metric, places: int
+) -> dict[float, str]:
     low, high = metric.low, metric.high
     width = math.inf if low is None or high is None else high - low
-    of_pairs = metric._replace(low=-width, high=width)
-    pairs = _paired(ours, theirs, metric.name)
-    return _diverged([*ours, *theirs]) or _interval(pairs, of_pairs, places, "+")
+    of_pairs, pairs = metric._replace(low=-width, high=width), paired(rows, arm, other, metric.name)
 
+    def cell(here: list[Row]) -> str:
+        return _interval(pairs.get(here[0].target_sparsity, []), of_pairs, places, "+")
 
-def _weights(by_cell: _ByCell, arm: Arm, level: float) -> str:
-    left = [row.remaining for row in by_cell.get((arm, level), []) if row.remaining is not None]
-    return f"{mean_interval(left)[0]:,.0f}" if left else "-"
-
-
-def _diverged(rows: Sequence[Row]) -> str:
-    """Say how many diverged: a mean over the others would look too good."""
-    gone = sum(row.diverged for row in rows)
-    return "" if not gone else "diverged" if gone == len(rows) else f"{gone}/{len(rows)} diverged"
+    return _by_level(rows, cell)
 
 
 def _interval(known: Sequence[int | float], metric: Metric, places: int, sign: str = "") -> str:
+    """Return the mean, in the unit shown, and how it varies: see `tables`."""
     if not known:
         return "-"
-    mean, low, high = spread(known, metric)
+    scale = 100 if metric.unit == "%" else 1
+    values = [scale * value for value in known]
+    mean, half = mean_interval(values)
     start = f"{mean:{sign}.{places}f}"
-    if low is None or high is None:
-        return start  # one seed, as the title says
-    if math.isclose(mean - low, high - mean, rel_tol=1e-6, abs_tol=1e-12):
-        return f"{start} ± {high - mean:.{places}f}"
-    return f"{start} [{low:.{places}f}, {high:.{places}f}]"
+    if half is None:
+        return start
+    if len(values) == 2:
+        return ", ".join(f"{value:{sign}.{places}f}" for value in values)
+    low = -math.inf if metric.low is None else scale * metric.low
+    high = math.inf if metric.high is None else scale * metric.high
+    if low <= mean - half and mean + half <= high:
+        return f"{start} ± {half:.{places}f}"
+    return f"{start} [{max(mean - half, low):.{places}f}, {min(mean + half, high):.{places}f}]"
 
 
-def _paired(rows: Sequence[Row], others: Sequence[Row], name: str) -> list[int | float]:
-    """Return the differences of a metric, a number a seed that both have."""
-    theirs = {row.seed: row.metrics.get(name) for row in others}
-    pairs = [(row.metrics.get(name), theirs.get(row.seed)) for row in rows]
-    return [ours - other for ours, other in pairs if ours is not None and other is not None]
-
-
-def _places(by_cell: _ByCell, metric: Metric) -> int:
+def _places(rows: Sequence[Row], metric: Metric) -> int:
     """Return the decimals of a metric: 2 of percent, else for three digits of a usual value."""
     if metric.unit == "%":
         return 2
-    sizes = [abs(row.metrics.get(metric.name) or 0) for rows in by_cell.values() for row in rows]
+    sizes = [abs(row.metrics.get(metric.name) or 0) for row in rows]
     exponent = math.floor(math.log10(statistics.median(filter(None, sizes)))) if any(sizes) else 0
     return min(max(3 - exponent - (exponent < 0), 0), 8)

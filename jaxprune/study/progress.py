@@ -1,9 +1,8 @@
 """What a study says while it runs: where it is, how fast, and how long it will take."""
 
-import sys
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 from jaxprune.config import Arm
 
@@ -70,17 +69,17 @@ class Meter:
         self.report(Progress(seed, arm, epoch, epochs, done=done, seconds_left=left, **what))  # pyright: ignore[reportArgumentType]
 
 
-def lines() -> Report:
-    """Return a report to standard error: notes, and a line of progress every ten seconds."""
-    last = -_LINE_SECONDS
+def lines(stream: TextIO) -> Report:
+    """Return a report to a stream: notes, and a line an epoch of a stage or every ten seconds."""
+    last = ("", -_LINE_SECONDS)
 
     def report(what: Progress | str) -> None:
         nonlocal last
-        now = time.perf_counter()
+        text, now = str(what), time.perf_counter()
         if isinstance(what, str):
-            sys.stderr.write(f"note: {what}\n")
-        elif now - last >= _LINE_SECONDS:
-            last = now
-            sys.stderr.write(f"{what.done:4.0%}  {what}\n")
+            print(f"note: {what}", file=stream, flush=True)
+        elif (epoch := text.split(" · ")[0]) != last[0] or now - last[1] >= _LINE_SECONDS:
+            last = epoch, now
+            print(f"{what.done:4.0%}  {text}", file=stream, flush=True)
 
     return report

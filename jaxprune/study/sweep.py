@@ -5,6 +5,7 @@ Everything is checked first; `record` finds what is done, and `stages` does the 
 
 import contextlib
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def run_sweep(
         >>> [(row.protocol, row.target_sparsity) for row in rows]
         [('one_shot', 0.0), ('one_shot', 0.9), ('trained', 0.0), ('trained', 0.9)]
     """
-    report = report or lines()
+    report = report or lines(sys.stderr)
     if not isinstance(network, Network):
         raise TypeError("network must be a Network: jp.network(init, apply) makes one")
     if not 1 <= study.batch_size <= len(data.train.x):
