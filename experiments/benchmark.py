@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import itertools
 import json
-import operator
 import os
 import re
 import subprocess
@@ -29,9 +28,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments.results_page import speed_section
 from jaxprune import config, data, networks, structure, trees
 from jaxprune.criteria import magnitude
 from jaxprune.masks import apply_masks, masks_at
+from jaxprune.report import text
 from jaxprune.study.parts import Part, compact
 from jaxprune.study.programs import Programs
 from jaxprune.study.setup import keep_all, make_setup
@@ -317,38 +318,11 @@ class Benchmark:
             self.rows.append(Row(name, seconds, "training", training, ratios, "<= 5 %", []))
 
 
-def spread(values: Sequence[float], unit: str) -> str:
-    """Return the median, the range and the unit; a dash for no values."""
-    scale, digits = {"s": (1, 3), "x": (1, 2), "%": (100, 1), "GFLOP/s": (1e-9, 1)}[unit]
-    digits += 2 * (unit == "s" and bool(values) and median(values) < 0.1)
-    numbers = [f"{f(values) * scale:.{digits}f}" for f in (median, min, max) if values]
-    return "{} ({}-{}) {}".format(*numbers, unit) if values else "-"
-
-
-def table(rows: Sequence[Row]) -> str:
-    """Return a line a row: the seconds of both, their ratio, its goal, and whether it is met."""
-    cells = [("", "jaxprune", "beside", "", "ratio", "goal", "met", "matmul meanwhile")]
-    for name, seconds, other, theirs, ratios, goal, rates in rows:
-        sign, limit, unit = goal.split()
-        limit = float(limit) / (100 if unit == "%" else 1)
-        better = operator.ge if sign == ">=" else operator.le
-        met = ("yes" if better(median(ratios), limit) else "no") if ratios else "-"
-        pair = spread(seconds, "s"), other, spread(theirs, "s"), spread(ratios, unit)
-        cells.append((name, *pair, goal, met, spread(rates, "GFLOP/s")))
-    return aligned(cells, str.ljust)
-
-
-def aligned(cells: Sequence[Sequence[str]], side: Callable[[str, int], str]) -> str:
-    """Return lines of cells as wide as their columns."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(map(side, line, widths)).rstrip() for line in cells)
-
-
 def run(
     loaded: data.Data, python: str | None, *, rounds: int = 5,
     hidden_sizes: Sequence[int] = (1000, 1000, 500, 200), matmul_size: int = 2000,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure everything, print it, and return all numbers."""
+    """Measure everything, and return all numbers."""
     load = os.getloadavg()[0]
     versions = {module.__name__: module.__version__ for module in (jax, optax, np)}
     versions["python"] = sys.version.split()[0]
@@ -360,17 +334,9 @@ def run(
     bench.measure_evaluation()
     bench.measure_masked_training()
     bench.measure_smaller()
+    rows = [row._asdict() for row in bench.rows]
     device = f"{CORES} cores of {cpu_name()}, load {load:.1f} at the start"
-    print(device, ", ".join(f"{name} {number}" for name, number in versions.items()), sep="\n")
-    print(f"{'-'.join(map(str, bench.sizes))}; medians (ranges) of {rounds} rounds, each a ratio\n")
-    print(table(bench.rows))
-    every = [rate for row in bench.rows for rate in row.rates]
-    print(f"\nmatmul, float32 {matmul_size}^3: {spread(every, 'GFLOP/s')} in all")
-    if min(every) < 0.8 * max(every):  # PyTorch's threads spin where others take their cores
-        print("the machine was not idle: do not rely on this, least of all beside PyTorch")
-    if python is None:
-        print("-: PyTorch was not measured; `make benchmark` does, or --torch PYTHON that has it")
-    return {"device": device, "versions": versions, "rows": [row._asdict() for row in bench.rows]}
+    return {"device": device, "versions": versions, "rows": rows}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -385,6 +351,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     jax.config.update("jax_platforms", "cpu")
     try:
         numbers = run(data.load("fashion_mnist"), args.torch, rounds=args.rounds)
+        print(text(speed_section(numbers)))
+        if args.torch is None:
+            print("PyTorch was not measured; `make benchmark` does, or --torch PYTHON that has it")
         if args.out:
             args.out.write_text(json.dumps({"command": sys.argv, **numbers}, indent=1) + "\n")
     except (OSError, ValueError, ArithmeticError, RuntimeError) as error:

@@ -28,11 +28,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmark import CORES, Ask, aligned, clock, cpu_name, matmul, spread, torch_worker
+from experiments.benchmark import CORES, Ask, clock, cpu_name, matmul, torch_worker
+from experiments.results_page import files_section, inference_section
 from jaxprune import compile_sparse, data, load_run, load_sparse, networks, save_sparse
 from jaxprune.evaluate import evaluate_levels
-from jaxprune.figures.costs import crossover
 from jaxprune.masks import apply_masks
+from jaxprune.report import text
 from jaxprune.results import Run
 from jaxprune.sparse import Values, lossless_bound
 
@@ -239,56 +240,11 @@ def measure_energy(pruned: Pruned, apply: Any, images: np.ndarray) -> dict[str, 
     return {"level": pruned.level, "ours": ours, "dense": beside}
 
 
-def gflops(row: dict[str, Any]) -> float:
-    """Return the GFLOP/s of the kept multiply-adds, by the median."""
-    return 2 * row["kept"] * row["batch"] / median(row["seconds"]["ours"]) / 1e9
-
-
-def coding_rate(rows: Sequence[dict[str, Any]], field: str) -> float:
-    """Return the MB of dense weights a second of `saving` or `loading`, the median of files."""
-    return median(row["dense"] / row[field] for row in rows) / 1e6
-
-
-def speed_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return a line a network and batch size: milliseconds, and how many times as fast as dense."""
-    names = ["ours", "xla", "numpy", "torch", "torch_csr"]
-    cells = [["", "batch", *names, "times as fast", "range of half",
-              "GFLOP/s kept", "sparse", "compiled in s"]]  # fmt: skip
-    for row in rows:
-        middle = {n: f"{1e3 * median(row['seconds'][n]):.3f}" if n in row["seconds"] else "-"
-                  for n in names}  # fmt: skip
-        low, ratio, high = np.quantile(row["ratios"], (0.25, 0.5, 0.75))
-        cells.append([
-            f"{row['granularity']} {row['level']:g}%", str(row["batch"]), *middle.values(),
-            f"{ratio:.2f}", f"{low:.2f}-{high:.2f}", f"{gflops(row):.1f}",
-            f"{row['sparse']} of {row['products']}", f"{row['compiling']:.1f}",
-        ])  # fmt: skip
-    return aligned(cells, str.rjust)
-
-
-def file_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return a line a level and way to store values: means over the seeds."""
-    cells = [["pruned %", "values", "bytes", "of the bound", "times smaller", "accuracy %",
-              "to float32", "MB/s saved", "loaded"]]  # fmt: skip
-    for level, values in dict.fromkeys((row["level"], row["values"]) for row in rows):
-        here = [row for row in rows if (row["level"], row["values"]) == (level, values)]
-        whole = [r for r in rows if (r["level"], r["values"]) == (level, "float32")]
-        mean = {k: float(np.mean([row[k] for row in here])) for k in ("bytes", "bound", "accuracy")}
-        change = mean["accuracy"] - np.mean([row["accuracy"] for row in whole])
-        cells.append([
-            f"{level:g}", values, f"{mean['bytes']:,.0f}", f"{mean['bytes'] / mean['bound']:.3f}",
-            f"{here[0]['dense'] / mean['bytes']:.1f}", f"{100 * mean['accuracy']:.2f}",
-            f"{100 * change:+.2f}",
-            *(f"{coding_rate(here, field):.0f}" for field in ("saving", "loading")),
-        ])  # fmt: skip
-    return aligned(cells, str.rjust)
-
-
 def measure(
     run: Run, others: Sequence[Run], loaded: data.Data, python: str | None, *, quick: bool,
     levels: Sequence[float] | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure everything, print it, and return all numbers; of the other runs the files alone."""
+    """Measure everything, and return all numbers; of the other runs the files alone."""
     settings, recorded = run.config["settings"], sum(run.config["levels"], [])
     seeds = sorted({row.seed for row in run.rows})
     wanted = levels or (QUICK_LEVELS if quick else recorded)
@@ -321,22 +277,11 @@ def measure(
     last = [p for p in trained(run, seeds[:1], [max(found)]) if p.granularity == "weight"]
     joules = measure_energy(last[0], apply, images) if last and rapl("energy_uj") else None
     versions |= {"jax": jax.__version__, "numpy": np.__version__, "python": sys.version.split()[0]}
-    device = f"{CORES} cores of {cpu_name()}, load {load:.1f} at the start"
-    print(device, ", ".join(f"{name} {number}" for name, number in versions.items()), sep="\n")
-    print(f"matmul, float32 2000^3: {spread(rates, 'GFLOP/s')}\n")
-    print(f"milliseconds, medians; {run.path}, trained, seed {seeds[0]}\n{speed_table(speed)}\n")
-    at = crossover([r for r in speed if (r["granularity"], r["batch"]) == ("weight", 256)])
-    print(f"crossover, 3% faster at batch 256: {'none' if at is None else f'weight {at:g}%'}\n")
     sizes.sort(key=lambda row: row["level"])
-    print(f"files of weight-pruned networks\n{file_table(sizes)}\n")
-    print("energy: the machine does not report it (RAPL)" if joules is None
-          else f"energy of a call, weight {joules['level']:g}%, batch 256: "
-               f"{1e3 * joules['ours']:.3g} mJ, dense {1e3 * joules['dense']:.3g} mJ")  # fmt: skip
-    if python is None:
-        print("PyTorch was not measured; `make inference` does, or --torch PYTHON that has it")
     return {
-        "device": device, "versions": versions, "rates": rates, "settings": settings,
-        "seed": seeds[0], "joules": joules, "speed": speed, "files": sizes,
+        "device": f"{CORES} cores of {cpu_name()}, load {load:.1f} at the start",
+        "versions": versions, "rates": rates, "settings": settings, "seed": seeds[0],
+        "joules": joules, "speed": speed, "files": sizes,
     }  # fmt: skip
 
 
@@ -372,6 +317,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         loaded = data.load(run.config["settings"]["dataset"])
         quick = args.preset == "quick"
         numbers = measure(run, others, loaded, args.torch, quick=quick, levels=args.levels)
+        for section in (inference_section(numbers, {}), files_section(numbers, {})):
+            print(f"{text(section)}\n")
+        if args.torch is None:
+            print("PyTorch was not measured; `make inference` does, or --torch PYTHON that has it")
         if args.out:
             args.out.write_text(to_json({"command": sys.argv, **numbers}))
     except (OSError, ValueError, ArithmeticError, RuntimeError) as error:

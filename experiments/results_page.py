@@ -9,7 +9,6 @@ from dataclasses import replace
 from statistics import fmean, median, quantiles
 from typing import Any
 
-from experiments.inference_speed import coding_rate, gflops
 from jaxprune.config import Arm
 from jaxprune.figures import crossover
 from jaxprune.report import Section
@@ -148,6 +147,16 @@ def speed_section(timed: dict) -> Section:
     note = f"{machine(timed, rates)}. `make benchmark` measures this.{busy}"
     names = columns("", "jaxprune", "beside", "ratio, median (range)", "goal")
     return Section("Speed", [note], [Table("", names, lines)])
+
+
+def gflops(row: Mapping[str, Any]) -> float:
+    """Return the GFLOP/s of the kept multiply-adds, by the median."""
+    return 2 * row["kept"] * row["batch"] / median(row["seconds"]["ours"]) / 1e9
+
+
+def coding_rate(rows: Sequence[Mapping[str, Any]], field: str) -> float:
+    """Return the MB of dense weights a second of `saving` or `loading`, the median of files."""
+    return median(row["dense"] / row[field] for row in rows) / 1e6
 
 
 def by_weight(found: dict, batch: int) -> dict[float, dict[str, Any]]:

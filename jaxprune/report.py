@@ -9,12 +9,13 @@ import io
 import json
 import re
 import shlex
+import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jaxprune import files
+from jaxprune import files, results
 from jaxprune.results import Run, Table, tables
 
 if TYPE_CHECKING:
@@ -98,6 +99,12 @@ def write_report(run: Run, figures: Mapping[str, Figure] | None, path: Path) -> 
         Section("How it was made", (), [_as_table("made with", made), setup, arms]),
     ]
     write_html(title, [section for section in sections if any(section[1:])], path)
+
+
+def text(section: Section) -> str:
+    """Lay out the paragraphs and tables of a section for a terminal."""
+    paragraphs = [textwrap.fill(text, 100) for text in section.paragraphs]
+    return "\n\n".join([section.heading, *paragraphs, *map(results.text, section.tables)])
 
 
 def write_html(title: str, sections: Sequence[Section], path: Path) -> None:

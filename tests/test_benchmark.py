@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from experiments import benchmark
-from experiments.benchmark import Row
+from experiments.results_page import speed_section
+from jaxprune import report
 from jaxprune.data import Data, Split
 
 FAKE_WORKER = """
@@ -81,37 +82,11 @@ def test_masks_by_argsort():
     assert unit.tolist() == [[[True, False, True]] * 2, [[False, False, True]] * 2]
 
 
-def test_spread():
-    assert benchmark.spread([3.0, 1.0, 2.0], "s") == "2.000 (1.000-3.000) s"
-    assert benchmark.spread([0.003, 0.001, 0.002], "s") == "0.00200 (0.00100-0.00300) s"
-    assert benchmark.spread([0.8, 0.9], "%") == "85.0 (80.0-90.0) %"
-    assert benchmark.spread([120e9], "GFLOP/s") == "120.0 (120.0-120.0) GFLOP/s"
-    assert benchmark.spread([], "x") == "-"
-
-
-def test_table():
-    rows = [
-        Row("masks", [0.1], "PyTorch", [3.0], [30.0], ">= 25 x", [1e9, 3e9]),
-        Row("epoch", [8.0], "PyTorch", [8.0], [1.0], ">= 1.05 x", [1e9]),
-        Row("evaluation", [5.0], "matmul", [4.0], [0.8], ">= 80 %", [1e9]),
-        Row("update", [0.1], "training", [1.0], [0.1], "<= 5 %", []),
-        Row("update", [0.1], "training", [4.0], [0.025], "<= 5 %", []),
-        Row("no torch", [0.1], "PyTorch", [], [], ">= 25 x", [1e9]),
-    ]
-    header, *lines = benchmark.table(rows).splitlines()
-    met = [line[header.index("met") :].split()[0] for line in lines]
-    assert met == ["yes", "no", "yes", "no", "yes", "-"]
-    assert "masks" in lines[0] and "0.100 (0.100-0.100) s" in lines[0]
-    assert "PyTorch   3.000 (3.000-3.000) s" in lines[0] and "30.00 (30.00-30.00) x" in lines[0]
-    assert lines[0].endswith(">= 25 x    yes  2.0 (1.0-3.0) GFLOP/s")
-    assert lines[4].split()[-8:] == "2.5 (2.5-2.5) % <= 5 % yes -".split()
-    assert lines[5].split()[-9:] == "- - >= 25 x - 1.0 (1.0-1.0) GFLOP/s".split()
-
-
-def test_run_without_pytorch(small, capsys):
+def test_run_without_pytorch(small):
     numbers = benchmark.run(small, None, rounds=2, hidden_sizes=(20,), matmul_size=50)
-    printed = capsys.readouterr().out
-    assert "784-20-10" in printed and "`make benchmark`" in printed
+    printed = report.text(speed_section(numbers)).splitlines()
+    [training] = [line for line in printed if "masked training of 2 levels" in line]
+    assert "matmul" in training and training.endswith(">= 80 %")
     assert json.loads(json.dumps(numbers)) == numbers
     names = "masks training evaluation masked update update".split()
     names += ["inference"] * 2 + ["evaluation", "training"]

@@ -501,6 +501,7 @@ WRONG = [
     ("seeds", True), ("levels", 3), ("levels[0]", 50), ("levels[0][1]", "50"), ("levels", []),
     ("levels[1][0]", 50.0), ("levels[1][0]", 101), ("versions", []), ("arms", []), ("arms[2]", "a"),
     ("arms[1].criterion", None), ("arms[1].granularity", "weight"), ("arms[0].settings", 1),
+    ("identity", 3), ("stepped", "no"), ("seconds", {"compilation": "1"}),
     ("metrics[1].drawn", "yes"), ("metrics[0].low", "0"), ("metrics[0].name", 1),
 ]  # fmt: skip
 

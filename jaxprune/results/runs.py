@@ -97,6 +97,9 @@ def read_config(path: Path) -> dict[str, Any]:
             "arms": 0 < len(set(arms)) == len(arms),
             "levels": 0 < len(set(levels)) == len(levels) and all(0 <= n <= 100 for n in levels),
             "seeds": config["seeds"] > 0,
+            "seconds": all(type(value) in (int, float) for value in config["seconds"].values()),
+            "identity": isinstance(config.get("identity", ""), str),
+            "stepped": isinstance(config.get("stepped", False), bool),
         }
         wrong = next((name for name, fits in right.items() if not fits), "")
     if wrong:
