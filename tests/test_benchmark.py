@@ -82,6 +82,7 @@ def test_masks_by_argsort():
     assert unit.tolist() == [[[True, False, True]] * 2, [[False, False, True]] * 2]
 
 
+@pytest.mark.slow
 def test_run_without_pytorch(small):
     numbers = benchmark.run(small, None, rounds=2, hidden_sizes=(20,), matmul_size=50)
     printed = report.text(speed_section(numbers)).splitlines()

@@ -140,7 +140,7 @@ def sweep(given, folder=None, report=silent):
 
 def of(*names):
     """Give a test the runs of these names."""
-    slow = {"resnet", "transformer"}
+    slow = {"resnet", "transformer", "dropped", "equinox"}
     marks = {name: pytest.mark.slow if name in slow else () for name in names}
     params = [pytest.param(name, marks=marks[name]) for name in names]
     return pytest.mark.parametrize("done", params, indirect=True)

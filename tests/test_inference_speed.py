@@ -30,10 +30,12 @@ def run_dir(small: Data, compiled_once: str, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp("runs") / "small"
     settings = {"dataset": "fashion_mnist", "hidden_sizes": [64, 100]}
     network = networks.network(*networks.mlp(784, (64, 100), 10))
-    run_sweep(network, small, Study(levels=LEVELS), run_dir=folder, settings=settings)
+    study = Study(levels=LEVELS, epochs=1, protocols=("trained",))
+    run_sweep(network, small, study, run_dir=folder, settings=settings)
     return folder
 
 
+@pytest.mark.slow
 def test_all_is_measured_and_drawn(
     small: Data, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

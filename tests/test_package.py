@@ -257,9 +257,16 @@ def examples() -> Iterator[tuple[str, str, int, str]]:
                 yield f"jaxprune.{NAMES[file]}", name, line, text
 
 
+SLOW = {"run_sweep", "resnet20", "transformer", "convnet"}
+
+
 @pytest.mark.usefixtures("compiled_once")
 @pytest.mark.parametrize(
-    ("module", "name", "line", "text"), [pytest.param(*e, id=f"{e[0]}.{e[1]}") for e in examples()]
+    ("module", "name", "line", "text"),
+    [
+        pytest.param(*e, id=f"{e[0]}.{e[1]}", marks=pytest.mark.slow if e[1] in SLOW else ())
+        for e in examples()
+    ],
 )
 def test_example(module: str, name: str, line: int, text: str) -> None:
     scope = {"jax": jax, "jnp": jnp, "np": np, "jp": jaxprune}

@@ -21,6 +21,7 @@ import pytest
 import jaxprune as jp
 from jaxprune import checkpoints, networks, results
 from jaxprune.config import NotFinite
+from jaxprune.study.epoch import keys_of
 from tests.studies import (
     apply,
     arm,
@@ -193,7 +194,15 @@ def test_a_corrupt_checkpoint_is_noted_and_computed_again(full, tmp_path, stage,
     checkpoints.verify(copy / "checkpoints" / stage / "0005")
 
 
-@pytest.mark.parametrize("damage", ["line lost", "bit flipped", "end cut off", "row of another"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "bit flipped",
+        "end cut off",
+        pytest.param("line lost", marks=pytest.mark.slow),
+        pytest.param("row of another", marks=pytest.mark.slow),
+    ],
+)
 def test_damaged_rows_are_noted_and_computed_again(full, tmp_path, damage):
     folder, expected = full
     copy = Path(shutil.copytree(folder, tmp_path / "run"))
@@ -230,10 +239,19 @@ def named(f, name):
 MINUS = named(lambda params: jax.tree.map(lambda w: -jnp.abs(w), params), "by_square")
 
 
+@pytest.fixture(scope="module")
+def one_epoch(tmp_path_factory):
+    """The folder of a finished run of one epoch, and its settings."""
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    settings = {"criteria": (by_square,), "epochs": 1, "protocols": ("one_shot",)}
+    sweep(folder, **settings)
+    return folder, settings
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"epochs": 4}, ["epochs", "5", "4"]),
+        ({"epochs": 4}, ["epochs", "1", "4"]),
         ({"batch_size": 64}, ["batch_size", "32", "64"]),
         ({"score_batch": 64}, ["score_batch", "512", "64"]),
         ({"settings": {"learning_rate": 0.1}}, ["learning_rate", "0.1"]),
@@ -250,12 +268,8 @@ MINUS = named(lambda params: jax.tree.map(lambda w: -jnp.abs(w), params), "by_sq
     ],
     ids=", ".join,
 )
-def test_a_run_made_otherwise_is_refused_by_name(tmp_path, change, words):
-    folder = tmp_path / "run"
-    settings = {"criteria": (by_square,), "epochs": 1, "protocols": ("one_shot",)}
-    if "epochs" in change:
-        settings["epochs"] = 5
-    sweep(folder, **settings)
+def test_a_run_made_otherwise_is_refused_by_name(one_epoch, change, words):
+    folder, settings = one_epoch
     before = {path: path.read_bytes() for path in folder.rglob("*.json*")}
     with pytest.raises(ValueError, match="holds a run made otherwise") as error:
         sweep(folder, **{**settings, **change})
@@ -312,6 +326,20 @@ def test_a_diverged_seed_keeps_the_rows_of_those_before(full, tmp_path):
     assert jp.load_run(copy).rows == expected
 
 
+def test_when_one_dense_network_diverges_the_other_seeds_go_on(tmp_path):
+    def of_nans(key):
+        data = jax.random.key_data
+        bad = jnp.all(data(key) == data(keys_of(1).init))
+        return jax.tree.map(lambda w: jnp.where(bad, jnp.nan, w), init(key))
+
+    folder, notes, study = tmp_path / "run", [], {"epochs": 1, "protocols": ("one_shot",)}
+    with pytest.raises(NotFinite, match="not finite at epoch 1, level 0%, seed 1 .dense."):
+        sweep(folder, networks.network(of_nans, apply), seeds=3, report=notes.append, **study)
+    assert any("seed 1 (dense)" in str(n) and "the other seeds go on" in str(n) for n in notes)
+    rows = jp.load_run(folder).rows
+    assert {row.seed for row in rows} == {0, 2} and not any(row.diverged for row in rows)
+
+
 # kill -9
 
 
@@ -324,6 +352,7 @@ def run_child(folder, cache, *seconds):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(full, tmp_path, compiled_once):
     _, expected = full
     folder, kills = tmp_path / "run", 0

@@ -720,7 +720,15 @@ def test_networks_of_one_signature_have_the_same_widths() -> None:
     assert left.signature == without(1, 2, 3).signature
 
 
-@pytest.mark.parametrize("f", [jax.nn.relu, jax.nn.softplus, jax.nn.relu6, jax.nn.gelu])
+@pytest.mark.parametrize(
+    "f",
+    [
+        jax.nn.relu,
+        pytest.param(jax.nn.softplus, marks=pytest.mark.slow),
+        jax.nn.relu6,
+        pytest.param(jax.nn.gelu, marks=pytest.mark.slow),
+    ],
+)
 def test_second_derivatives(f: Any) -> None:
     def apply(params: Any, x: Any) -> Any:
         return f(x @ params["a"]) @ params["b"]

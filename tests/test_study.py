@@ -259,7 +259,11 @@ def test_an_optimizer_that_is_not_elementwise_trains_masked(optimizer):
 
 @pytest.mark.parametrize(
     ("change", "widths"),
-    [({}, 2), ({"levels": (0.0, 25.0, 50.0, 75.0)}, 3), ({"levels": (0.0, 50.0, 50.01)}, 1)],
+    [
+        ({}, 2),
+        pytest.param({"levels": (0.0, 25.0, 50.0, 75.0)}, 3, marks=pytest.mark.slow),
+        pytest.param({"levels": (0.0, 50.0, 50.01)}, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_programs_are_compiled_once_for_all_levels_and_once_a_distinct_width(
     tmp_path, change, widths

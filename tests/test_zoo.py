@@ -157,7 +157,15 @@ def check(
     check_compact(masked, params, masks, plan, inputs, tolerance)
 
 
-@pytest.mark.parametrize("name", zoo.NETWORKS)
+# Of each kind one; the others are slow.
+ENOUGH = {"challenge MLP", "MLP, LayerNorm", "LeNet-5", "ResNet-20", "U-Net", "ViT", "Flax scan",
+          "transformer, tied"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in ENOUGH else pytest.mark.slow) for n in zoo.NETWORKS],
+)
 def test_compact_equals_masked(name: str) -> None:
     made = setup(name)
     inputs = [made.network.x, with_zeros(made.network.x)]
