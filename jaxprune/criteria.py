@@ -180,7 +180,7 @@ def resolve(spec: str | Callable | Criterion) -> Criterion:
             f"criterion must be one of {', '.join(CRITERIA)}, or module:function, got {spec!r}"
         )
     try:
-        return criterion(files.import_function(spec))
+        return criterion(files.import_function(spec, Criterion))
     except TypeError as error:
         raise ValueError(f"criterion {spec!r}: {error}") from error
 

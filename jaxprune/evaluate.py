@@ -112,6 +112,7 @@ def evaluate_levels(
     """
     if not isinstance(batch_size, int | np.integer) or batch_size < 1:
         raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size}")
+    data = Data(*(Split(*split) for split in data))
     params, state = _with_levels(params, {} if state is None else state, masks)
     task = tasks.default_task(data.test.y) if task is None else task
     one_params, one_state = jax.eval_shape(lambda levels: _at(levels, 0), (params, state))
@@ -163,6 +164,8 @@ def check_data(
         try:
             outputs = jax.eval_shape(apply, params, state, x[:2])
         except Exception as error:
+            if not jax.tree.leaves(state) and networks.needs_state(networks.as_network(network)):
+                raise ValueError("the network has a state: give it, state=...") from error
             raise ValueError(
                 f"the network cannot take {name} x, {x.dtype} {x.shape}: {tasks.reason(error)}"
             ) from error

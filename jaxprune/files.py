@@ -62,14 +62,15 @@ def lock(path: Path) -> IO[str]:
     return file
 
 
-def import_function(spec: str) -> Any:
-    """Return what `module:function` names; modules are found in the current directory too.
+def import_function(spec: str, *others: type) -> Any:
+    """Return what `module:function` names: a function, or a value of the `others`.
 
-    As with `python -m`, the current directory comes first in `sys.path` from then on, so that the
-    module may import its neighbours, now or later.
+    Modules are found in the current directory too. As with `python -m`, it comes first in
+    `sys.path` from then on, so that the module may import its neighbours, now or later.
 
     Args:
         spec: such as `my_module:my_scores`.
+        others: types of what serves in place of a function.
 
     Raises:
         ValueError: in one line, it is not of that form, the module does not import (and why), or
@@ -92,6 +93,6 @@ def import_function(spec: str) -> Any:
         raise ValueError(f"{spec}: importing {module} failed: {reason}") from error
     if not hasattr(found, name):
         raise ValueError(f"{spec}: {module} has no {name!r}")
-    if not callable(function := getattr(found, name)):
-        raise ValueError(f"{spec} is no function but of type {type(function).__name__}")
-    return function
+    if not callable(value := getattr(found, name)) and not isinstance(value, others):
+        raise ValueError(f"{spec} is no function but of type {type(value).__name__}")
+    return value

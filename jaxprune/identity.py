@@ -36,14 +36,12 @@ class Identity(NamedTuple):
     """What a function computes, as a value to compare.
 
     Attributes:
-        hash: SHA-256, 64 hexadecimal digits.
-        jax: the version of JAX that traced it; another version may trace the same function to
-            another program, so hashes are evidence between equal versions only.
+        hash: SHA-256, 64 hexadecimal digits. Another version of JAX may trace the same function to
+            another program.
         note: what could not be traced and is compared by its source, or None.
     """
 
     hash: str
-    jax: str
     note: str | None
 
 
@@ -74,7 +72,7 @@ def fingerprint(f: Callable, *args: Any) -> Identity:
             matter.
 
     Returns:
-        The hash, JAX's version, and a note where something was not traced.
+        The hash, and a note where something was not traced.
 
     Example:
         >>> x = jax.ShapeDtypeStruct((3,), jnp.float32)
@@ -93,7 +91,7 @@ def fingerprint(f: Callable, *args: Any) -> Identity:
             "and is compared by its source"
         )
         text = f"{_text(f, walk)}{_tree(args)}"
-    return Identity(_sha256(text), jax.__version__, "; ".join(dict.fromkeys(walk.notes)) or None)
+    return Identity(_sha256(text), "; ".join(dict.fromkeys(walk.notes)) or None)
 
 
 def digest(value: Any) -> str:

@@ -298,6 +298,8 @@ def test_resolve(tmp_path, monkeypatch):
         "def two(a, b): return a",
         "def power(params, alpha): return params",
         "cubic = functools.partial(power, alpha=3)",
+        "import jaxprune as jp",
+        "made = jp.criterion(mine, name='made')",
     ]
     (tmp_path / "h5_scores.py").write_text("\n".join(lines))
     monkeypatch.syspath_prepend(tmp_path)
@@ -305,6 +307,7 @@ def test_resolve(tmp_path, monkeypatch):
     assert [criteria.resolve(name).name for name in criteria.CRITERIA] == [*criteria.CRITERIA]
     assert criteria.resolve("h5_scores:mine").name == "mine"
     assert criteria.resolve("h5_scores:cubic").settings == {"alpha": 3}
+    assert criteria.resolve("h5_scores:made").name == "made"
     for spec, message in [
         ("magnitud", "one of magnitude, random, saliency, or module:function, got 'magnitud'"),
         ("h5_scores:two", r"criterion 'h5_scores:two': .* two requires \(a, b\)"),

@@ -289,6 +289,18 @@ def test_data_that_does_not_fit(name, change, message):
             evaluate_levels(apply, params, masks, data, task=task)
 
 
+def test_a_state_that_was_not_given_is_asked_for_and_plain_tuples_are_splits():
+    params, state, masks = make_levels()
+    data = make_data()
+    with_init = NETWORK._replace(init=lambda key: (level_of(params, 0), level_of(state, 0)))
+    with pytest.raises(ValueError, match="the network has a state: give it, state="):
+        evaluate_levels(with_init, params, masks, data)
+    expected, _ = evaluate_levels(NETWORK, params, masks, data, state=state)
+    plain = Data(*map(tuple, data))  # pyright: ignore[reportArgumentType]
+    found, _ = evaluate_levels(NETWORK, params, masks, plain, state=state)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 def test_outputs_without_an_axis_of_examples():
     data, network = make_data(), networks.as_network(lambda params, x: (x.sum(axis=0), x))
     with pytest.raises(ValueError, match=r"of 2 for .* \(\(6,\), \(2, 6\)\) and targets int32"):

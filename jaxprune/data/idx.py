@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxprune.data.splits import Data, DataError, Part, check_memory, make_data, reading
+from jaxprune.data.splits import Data, DataError, Loaded, check_memory, make_data, reading
 
 FILES = (
     "train-images-idx3-ubyte",
@@ -92,8 +92,8 @@ def to_data(raw: Raw, places: Sequence[object]) -> Data:
     """Return the splits; `places` are what messages call the four files."""
     train_x, train_y, test_x, test_y = map(str, places)
     return make_data(
-        Part(raw.train_images, raw.train_labels, train_x, train_y),
-        Part(raw.test_images, raw.test_labels, test_x, test_y),
+        Loaded(raw.train_images, raw.train_labels, train_x, train_y),
+        Loaded(raw.test_images, raw.test_labels, test_x, test_y),
     )
 
 

@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxprune.data.splits import Data, DataError, Part, check_memory, make_data, reading
+from jaxprune.data.splits import Data, DataError, Loaded, check_memory, make_data, reading
 
 _log = logging.getLogger(__name__)
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
-class Example(NamedTuple):
+class Encoded(NamedTuple):
     """An encoded image: what messages call it, its path or an open file, and its class."""
 
     name: object
@@ -28,7 +28,7 @@ class Example(NamedTuple):
 
 
 def decode(
-    examples: Iterable[Example], count: int, place: object
+    examples: Iterable[Encoded], count: int, place: object
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Decode images of one size.
 
@@ -72,7 +72,7 @@ def load_folder(folder: Path) -> Data:
         raise DataError(f"{folder}: class {min(odd)} is not in both train and test")
     train, test = (
         [
-            Example(path, path, label)
+            Encoded(path, path, label)
             for label, name in enumerate(names)
             for path in _images(folder / part / name)
         ]
@@ -120,20 +120,22 @@ def load_tfds(name: str) -> Data:
     return _halves(*read, len(train), folder)
 
 
-def encoded(source: Any, part: str) -> Iterator[Example]:
+def encoded(source: Any, part: str) -> Iterator[Encoded]:
     """Yield the examples of a split of TFDS."""
     # Reading by batches is four times as fast as one by one.
     for start in range(0, len(source), 1000):
         batch = source.__getitems__(range(start, min(start + 1000, len(source))))
         for i, example in enumerate(batch, start):
             name = f"{source.dataset_info.data_dir}: {part} image {i}"
-            yield Example(name, io.BytesIO(example["image"]), example["label"])
+            yield Encoded(name, io.BytesIO(example["image"]), example["label"])
 
 
 def _halves(x: NDArray[np.uint8], y: NDArray[Any], size: int, folder: Path) -> Data:
     """Return the first `size` examples as `train`, the others as `test`."""
     train, test = (str(folder / part) for part in ("train", "test"))
-    return make_data(Part(x[:size], y[:size], train, train), Part(x[size:], y[size:], test, test))
+    return make_data(
+        Loaded(x[:size], y[:size], train, train), Loaded(x[size:], y[size:], test, test)
+    )
 
 
 def _folders(folder: Path) -> list[str]:

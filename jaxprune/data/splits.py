@@ -39,7 +39,7 @@ class DataError(ValueError):
         super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
 
 
-class Part(NamedTuple):
+class Loaded(NamedTuple):
     """A split as it was read: arrays, and what messages call them, such as a file's path."""
 
     x: NDArray[Any]
@@ -80,7 +80,7 @@ def check_memory(place: object, needed: int) -> None:
         )
 
 
-def make_data(train: Part, test: Part, val: Part | None = None) -> Data:
+def make_data(train: Loaded, test: Loaded, val: Loaded | None = None) -> Data:
     """Check the parts and return them as float32 or int32.
 
     What targets and inputs may be, `load` says. Without `val`, a part of `train` is set aside.
@@ -147,7 +147,7 @@ def _kind(array: NDArray[Any]) -> str:
     return "i" if array.dtype.kind in "biu" else array.dtype.kind
 
 
-def _check_fit(part: Part, train: Part) -> None:
+def _check_fit(part: Loaded, train: Loaded) -> None:
     """Refuse lengths, shapes and types that do not go together."""
     for values, place in ((part.x, part.x_place), (part.y, part.y_place)):
         if not values.size:
@@ -169,7 +169,7 @@ def _check_fit(part: Part, train: Part) -> None:
             raise DataError(f"{place}: {values.dtype}, but {others.dtype} in {other_place}")
 
 
-def _inputs(part: Part, tokens: bool) -> NDArray[Any]:
+def _inputs(part: Loaded, tokens: bool) -> NDArray[Any]:
     """Return the inputs, checked; bytes are not scaled yet."""
     x, place = part.x, part.x_place
     if tokens:
@@ -201,7 +201,7 @@ def _int32(values: NDArray[Any], place: str, *, lowest: int) -> NDArray[np.int32
     return values.astype(np.int32, copy=False)
 
 
-def _classes(parts: list[Part]) -> list[NDArray[np.int32]]:
+def _classes(parts: list[Loaded]) -> list[NDArray[np.int32]]:
     """Return labels from 0, if they are those of a classification."""
     classes = np.unique(parts[0].y)
     first, last = int(classes[0]), int(classes[-1])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxprune.data.splits import Data, DataError, Part, check_memory, make_data, reading
+from jaxprune.data.splits import Data, DataError, Loaded, check_memory, make_data, reading
 
 _WINDOWS = 20  # the fewest of which 5% are one
 
@@ -24,7 +24,7 @@ def load_npz(path: Path) -> Data:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in wanted}
     read = [
-        Part(arrays[x], arrays[y], f"{path}: {x}", f"{path}: {y}")
+        Loaded(arrays[x], arrays[y], f"{path}: {x}", f"{path}: {y}")
         for x, y in zip(wanted[::2], wanted[1::2], strict=True)
     ]
     return make_data(*read)
@@ -58,7 +58,7 @@ def load_text(path: Path, context: int) -> Data:
     x, y = (tokens[start : start + size].reshape(windows, context) for start in (0, 1))
     first, second = windows * 90 // 100, windows * 95 // 100
     train, val, test = (
-        Part(x[part], y[part], str(path), str(path))
+        Loaded(x[part], y[part], str(path), str(path))
         for part in (slice(first), slice(first, second), slice(second, None))
     )
     return make_data(train, test, val)

@@ -7,7 +7,7 @@ imported when it is asked for, so that functions are pruned without it.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jaxprune.networks.lift import as_network, check_state, network
+from jaxprune.networks.lift import as_network, check_state, needs_state, network
 
 if TYPE_CHECKING:
     from jaxprune.networks.modules import linen, nnx
@@ -25,6 +25,7 @@ __all__ = [
     "check_state",
     "linen",
     "mlp",
+    "needs_state",
     "network",
     "nnx",
     "resolve",

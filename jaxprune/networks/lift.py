@@ -106,6 +106,14 @@ def as_network(f: Network | Apply) -> Network:
     return Network(_no_init, _Score(f), _Train(f))
 
 
+def needs_state(network: Network) -> bool:
+    """Tell whether a network starts with a state that holds something; nothing is computed."""
+    try:
+        return bool(jax.tree.leaves(jax.eval_shape(network.init, jax.random.key(0))[1]))
+    except Exception:  # of a network that cannot be initialised, or not in the abstract
+        return False
+
+
 def check_state(network: Network, params: Params, state: State, x: Any) -> None:
     """Check that a training step keeps the state's tree, shapes and types; nothing is computed.
 

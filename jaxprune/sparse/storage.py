@@ -116,7 +116,7 @@ def load_sparse(path: Path | str) -> tuple[Params, Masks]:
 
     Returns:
         The params, in NumPy arrays of the dtypes that were saved, zero where they are pruned; and
-        the masks.
+        the masks. `jax.device_put` makes arrays of JAX of them, which lookups under `jit` need.
 
     Raises:
         ValueError: it is no such file, or not what was saved.

@@ -81,7 +81,7 @@ def run_sweep(
         >>> [(row.protocol, row.target_sparsity) for row in rows]
         [('one_shot', 0.0), ('one_shot', 0.9), ('trained', 0.0), ('trained', 0.9)]
     """
-    report = report or lines(sys.stderr)
+    report, data = report or lines(sys.stderr), Data(*(Split(*split) for split in data))
     if not isinstance(network, Network):
         raise TypeError("network must be a Network: jp.network(init, apply) makes one")
     if not 1 <= study.batch_size <= len(data.train.x):
@@ -206,6 +206,7 @@ def prune_curve(
         [(0.0, 1.0), (0.5, 0.5)]
     """
     network, state = as_network(network), {} if state is None else state
+    data = Data(*(Split(*split) for split in data))
     study = dataclasses.replace(study, protocols=("one_shot",))
     setup = make_setup(network, data, study, task, None, params, state)
     running = Running(setup, Programs(setup), Meter(lambda _: None), (study.levels,), setup.arms)
