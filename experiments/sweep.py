@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
 import tyro
@@ -123,7 +124,7 @@ def progress_display() -> Iterator[Callable[["Progress | str"], None]]:
 
     console = Console(highlight=False)
     if not console.is_terminal:
-        yield lines(sys.stdout)
+        yield lines(partial(print, flush=True))
         return
     columns = TextColumn("{task.description}"), BarColumn(bar_width=20), TaskProgressColumn()
     bars = Bars(*columns, console=console)

@@ -2,11 +2,12 @@
 
 import contextlib
 import importlib
+import io
 import os
 import secrets
 import sys
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 
 def write(path: Path, data: bytes | str) -> None:
@@ -43,7 +44,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def lock(path: Path) -> IO[str]:
+def lock(path: Path) -> io.TextIOWrapper:
     """Hold a file against other processes until it is closed; nothing where the system cannot.
 
     Raises:

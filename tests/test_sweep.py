@@ -102,8 +102,8 @@ def test_a_run_prints_its_tables_and_leaves_rows_figures_report_and_networks(fin
     _, run_dir, done = finished
     assert (done.status, done.err) == (0, "")
     one_shot, trained = done.out.split("\n\n")[1:3]
-    assert one_shot.startswith("one_shot (magnitude, layer), epoch 2, one seed")
-    assert trained.startswith("trained (magnitude, layer), epoch 2, one seed")
+    assert one_shot.startswith("one_shot, magnitude, layer, epoch 2, one seed")
+    assert trained.startswith("trained, magnitude, layer, epoch 2, one seed")
     for words in ("weight", "unit", "accuracy %"):
         assert words in one_shot and words in trained
     assert "440 examples to train on, 40 to validate, 120 to test" in done.out
@@ -152,7 +152,7 @@ def test_a_network_and_numbers_of_ones_own_where_stdout_takes_ascii_alone(own, t
              "--criteria", "own:square", "--run-dir", tmp_path / "run")  # fmt: skip
     done = command(*flags, "--batch-size", 10, "--protocols", "one_shot", encoding="ascii")
     assert (done.status, done.err) == (0, "")
-    assert "one_shot (square, layer), epoch 1, one seed" in done.out
+    assert "one_shot, square, layer, epoch 1, one seed" in done.out
     assert "pruned % loss r2 weights" in " ".join(done.out.split())
     assert "dense epoch 1/1 \\xb7 loss" in done.out
     run = results.load_run(tmp_path / "run")

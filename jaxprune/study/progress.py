@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 from jaxprune.config import Arm
 
@@ -69,17 +69,17 @@ class Meter:
         self.report(Progress(seed, arm, epoch, epochs, done=done, seconds_left=left, **what))  # pyright: ignore[reportArgumentType]
 
 
-def lines(stream: TextIO) -> Report:
-    """Return a report to a stream: notes, and a line an epoch of a stage or every ten seconds."""
+def lines(say: Callable[[str], None]) -> Report:
+    """Return a report that says notes, and a line an epoch of a stage or every ten seconds."""
     last = ("", -_LINE_SECONDS)
 
     def report(what: Progress | str) -> None:
         nonlocal last
         text, now = str(what), time.perf_counter()
         if isinstance(what, str):
-            print(f"note: {what}", file=stream, flush=True)
+            say(f"note: {what}")
         elif (epoch := text.split(" · ")[0]) != last[0] or now - last[1] >= _LINE_SECONDS:
             last = epoch, now
-            print(f"{what.done:4.0%}  {text}", file=stream, flush=True)
+            say(f"{what.done:4.0%}  {text}")
 
     return report

@@ -6,6 +6,7 @@ Everything is checked first; `record` finds what is done, and `stages` does the 
 import contextlib
 import dataclasses
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,8 @@ def run_sweep(
         >>> [(row.protocol, row.target_sparsity) for row in rows]
         [('one_shot', 0.0), ('one_shot', 0.9), ('trained', 0.0), ('trained', 0.9)]
     """
-    report, data = report or lines(sys.stderr), Data(*(Split(*split) for split in data))
+    report = report or lines(partial(print, file=sys.stderr, flush=True))
+    data = Data(*(Split(*split) for split in data))
     if not isinstance(network, Network):
         raise TypeError("network must be a Network: jp.network(init, apply) makes one")
     if not 1 <= study.batch_size <= len(data.train.x):
