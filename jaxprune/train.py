@@ -96,9 +96,8 @@ def make_train(
         task: its loss is minimised; by default `tasks.classification()`.
         levels_at_once: how many levels are vmapped together; see `trees.map_levels`.
         stepped: False: one pure function, to be jitted once. True: a function of the host that
-            compiles one step and calls it level by level, for networks that XLA runs slowly inside
-            of compiled loops, as convolutions on a CPU (jax 0.10).
-        jit: how the step is compiled then.
+            compiles one step, by `jit`, and calls it level by level; see `steps_on_host`.
+        jit: how.
 
     Returns:
         `train(carry, masks, x, y, batches, key, first, last) -> (carry, losses)`:
@@ -112,9 +111,6 @@ def make_train(
           serves calls of any length; the result does not depend on how steps are split into calls;
         - losses: (levels, steps), each step's loss before its update, 0 for the other steps.
 
-    Example:
-        >>> net = jp.network(lambda key: {"w": jnp.ones((2, 3))}, lambda params, x: x @ params["w"])
-        >>> train = jax.jit(make_train(net, optax.sgd(0.1)))
     """
     step = make_step(network, task or classification(), optimizer)
 
@@ -213,6 +209,14 @@ def make_recalibrate(
     return on_host
 
 
+def check_batch_size(batch_size: int, examples: int) -> None:
+    """Raise ValueError where a training set of so many examples has no such batch."""
+    if not 1 <= batch_size <= examples:
+        raise ValueError(
+            f"batch_size must be in [1, {examples}], the size of the training set, got {batch_size}"
+        )
+
+
 def batch_indices(key: Key, examples: int, batch_size: int) -> Array:
     """Shuffle an epoch into batches.
 
@@ -227,10 +231,7 @@ def batch_indices(key: Key, examples: int, batch_size: int) -> Array:
     Raises:
         ValueError: the batch is empty or larger than the training set.
     """
-    if not 1 <= batch_size <= examples:
-        raise ValueError(
-            f"batch_size must be in [1, {examples}], the size of the training set, got {batch_size}"
-        )
+    check_batch_size(batch_size, examples)
     steps = examples // batch_size
     order = jax.random.permutation(key, examples)[: steps * batch_size]
     return order.reshape(steps, batch_size).astype(jnp.int32)

@@ -2,7 +2,27 @@
 
 In comes a name, out come the inputs and targets to train on, to validate on and to test on: the
 same, bit for bit, wherever the files were found. Next are `train` and `evaluate`. Imports no jax;
-Pillow and TFDS are imported only where they are needed.
+Pillow and TFDS are imported only where they are needed. `load` takes:
+
+- `fashion_mnist`, `mnist`: the published files, checked against their SHA-256. Looked for in
+  our cache, among what TFDS has prepared and in Debian's folder; otherwise downloaded by TFDS.
+  Where `data_dir` is given, its files are the ones read, and nothing else will do.
+- `idx:FOLDER`: four idx files, gzipped or not, of the usual names (`train-images-idx3-ubyte`,
+  ...) with or without a prefix (`emnist-letters-...`).
+- `npz:FILE`: arrays x_train, y_train, x_test and y_test, perhaps x_val and y_val.
+- `folder:DIR`: images of one size, PNG or JPEG, grey or RGB, in `train/CLASS` and `test/CLASS`;
+  the names of the classes are sorted.
+- `text:FILE`: the characters of a UTF-8 text, each a token: its place among the sorted
+  characters that occur. Windows of `context` tokens that do not overlap, in order: 90% to train
+  on, 5% to validate on, 5% to test on. Targets are the next tokens.
+- `tfds:NAME`: what TFDS has prepared for `data_source`, with the splits train and test and the
+  features image and label.
+
+Integer targets (n,) or (n, 1) are classes 0, 1, 2, ... (or 1, 2, ..., which are made to start
+at 0). Integer targets (n, tokens) are tokens, -1 where there is none, and so are integer inputs
+of their shape. Float targets of any shape are regression. Where nothing is set aside to
+validate on, a twelfth of the training examples is, 5,000 at most: of each class equally many,
+and the same ones every time.
 """
 
 import hashlib
@@ -28,30 +48,10 @@ def load(
     cache_dir: Path | None = None,
     context: int = 128,
 ) -> Data:
-    """Load a data set.
-
-    - `fashion_mnist`, `mnist`: the published files, checked against their SHA-256. Looked for in
-      our cache, among what TFDS has prepared and in Debian's folder; otherwise downloaded by TFDS.
-      Where `data_dir` is given, its files are the ones read, and nothing else will do.
-    - `idx:FOLDER`: four idx files, gzipped or not, of the usual names (`train-images-idx3-ubyte`,
-      ...) with or without a prefix (`emnist-letters-...`).
-    - `npz:FILE`: arrays x_train, y_train, x_test and y_test, perhaps x_val and y_val.
-    - `folder:DIR`: images of one size, PNG or JPEG, grey or RGB, in `train/CLASS` and `test/CLASS`;
-      the names of the classes are sorted.
-    - `text:FILE`: the characters of a UTF-8 text, each a token: its place among the sorted
-      characters that occur. Windows of `context` tokens that do not overlap, in order: 90% to train
-      on, 5% to validate on, 5% to test on. Targets are the next tokens.
-    - `tfds:NAME`: what TFDS has prepared for `data_source`, with the splits train and test and the
-      features image and label.
-
-    Integer targets (n,) or (n, 1) are classes 0, 1, 2, ... (or 1, 2, ..., which are made to start
-    at 0). Integer targets (n, tokens) are tokens, -1 where there is none, and so are integer inputs
-    of their shape. Float targets of any shape are regression. Where nothing is set aside to
-    validate on, a twelfth of the training examples is, 5,000 at most: of each class equally many,
-    and the same ones every time.
+    """Load a data set by name; `jaxprune.data` says which there are.
 
     Args:
-        name: one of the above.
+        name: such as `fashion_mnist` or `npz:FILE`.
         data_dir: folder that holds the four files of `fashion_mnist` or `mnist`.
         cache_dir: by default `$XDG_CACHE_HOME/jaxprune`, or else `~/.cache/jaxprune`.
         context: tokens of a window of `text:FILE`, at least 1.

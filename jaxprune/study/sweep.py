@@ -28,7 +28,7 @@ from jaxprune.study.progress import Meter, Report, lines
 from jaxprune.study.record import Record
 from jaxprune.study.setup import Setup, make_setup
 from jaxprune.study.stages import UPDATES_PER_EPOCH, run
-from jaxprune.train import TrainState, init_state, make_step
+from jaxprune.train import TrainState, check_batch_size, init_state, make_step
 from jaxprune.types import Apply, Network, Params, State, Task
 
 
@@ -61,8 +61,8 @@ def run_sweep(
             on with what is there, and one with more arms, levels or seeds adds to it. None keeps
             nothing.
         settings: further settings to record and to compare, such as the data set's name.
-        report: told of the progress after every training call, and in lines of what is out of the
-            ordinary; by default they are written to standard error.
+        report: told of the progress, and in lines of what is out of the ordinary; by default both
+            are written to standard error.
 
     Returns:
         All rows, by seed, arm, epoch and level.
@@ -70,8 +70,7 @@ def run_sweep(
     Raises:
         ValueError: a setting that does not fit, or a run directory made otherwise.
         TypeError: likewise.
-        config.NotFinite: the dense network's loss, or scores, are not finite; rows before it are
-            kept.
+        config.NotFinite: a dense network's loss, or scores, are not finite; other rows are kept.
         OSError: the run directory cannot be written.
 
     Example:
@@ -86,11 +85,7 @@ def run_sweep(
     data = Data(*(Split(*split) for split in data))
     if not isinstance(network, Network):
         raise TypeError("network must be a Network: jp.network(init, apply) makes one")
-    if not 1 <= study.batch_size <= len(data.train.x):
-        raise ValueError(
-            f"batch_size must be in [1, {len(data.train.x)}], the size of the training set, "
-            f"got {study.batch_size}"
-        )
+    check_batch_size(study.batch_size, len(data.train.x))
     params, state = jax.eval_shape(network.init, jax.random.key(0))
     setup = make_setup(network, data, study, task, optimizer, params, state)
     folder = None if run_dir is None else Path(run_dir)
@@ -100,14 +95,18 @@ def run_sweep(
     config = _config(setup, identities, digest(data), settings or {})
     record = Record(folder, config, report)
     with contextlib.closing(record):
-        # As the run was begun.
-        setup = setup._replace(stepped=record.config.get("stepped", setup.stepped))
-        programs = Programs(setup)
-        order = tuple(arm for arm in record.arms if arm in setup.arms)
-        run(Running(setup, programs, Meter(report), record.waves, order), record)
-        record.add_seconds("compilation", programs.clock.compiling)
-        record.config["compilations"] += programs.clock.count
-        return record.finish()
+        return _go_on(setup, record, Meter(report))
+
+
+def _go_on(setup: Setup, record: Record, meter: Meter) -> list[Row]:
+    """Run what is missing of a run, in the order and in the way in which it was begun."""
+    setup = setup._replace(stepped=record.config.get("stepped", setup.stepped))
+    programs = Programs(setup)
+    order = tuple(arm for arm in record.arms if arm in setup.arms)
+    run(Running(setup, programs, meter, record.waves, order), record)
+    record.add_seconds("compilation", programs.clock.compiling)
+    record.config["compilations"] += programs.clock.count
+    return record.finish()
 
 
 def _config(
