@@ -42,7 +42,6 @@ QUICK_LEVELS = (0, 50, 80, 90, 95, 99)
 CALLS = 35  # of a measurement, fewer where they take longer than
 SECONDS = 2.0
 BURST = 7
-RAPL = Path("/sys/class/powercap/intel-rapl:0")
 
 
 class Pruned(NamedTuple):
@@ -207,39 +206,6 @@ def files(
     return rows
 
 
-def rapl(name: str) -> int:
-    """Return a number of the first processor's package; 0 where it may not be read."""
-    try:
-        return int((RAPL / name).read_text())
-    except (OSError, ValueError):
-        return 0
-
-
-def energy(f: Callable[[], Any]) -> float | None:
-    """Return the joules of a call, one that is not the first; None where nothing reports them."""
-    f()
-    before, calls, started = rapl("energy_uj"), 0, time.perf_counter()
-    while not calls or time.perf_counter() - started < SECONDS:
-        f()
-        calls += 1
-    used = rapl("energy_uj") - before
-    if used < 0:  # the counter started again from zero
-        used += rapl("max_energy_range_uj")
-    return used / 1e6 / calls if used > 0 else None
-
-
-def measure_energy(pruned: Pruned, apply: Any, images: np.ndarray) -> dict[str, float] | None:
-    """Return the joules of a call at batch 256, ours and dense; None where nothing reports them."""
-    x = jnp.asarray(np.resize(images, (256, images.shape[1])))
-    dense, params = jax.jit(apply), jax.tree.map(jnp.asarray, pruned.params)
-    fast = compile_sparse(apply, pruned.params, pruned.masks, x)
-    ours = energy(lambda: jax.block_until_ready(fast(x)))
-    beside = energy(lambda: jax.block_until_ready(dense(params, x)))
-    if ours is None or beside is None:
-        return None
-    return {"level": pruned.level, "ours": ours, "dense": beside}
-
-
 def measure(
     run: Run, others: Sequence[Run], loaded: data.Data, python: str | None, *, quick: bool,
     levels: Sequence[float] | None,
@@ -274,14 +240,12 @@ def measure(
     for other in others:
         new = [level for level in sum(other.config["levels"], []) if level not in found]
         sizes += files(other, apply, loaded, seeds[:1] if quick else seeds, new, every)
-    last = [p for p in trained(run, seeds[:1], [max(found)]) if p.granularity == "weight"]
-    joules = measure_energy(last[0], apply, images) if last and rapl("energy_uj") else None
     versions |= {"jax": jax.__version__, "numpy": np.__version__, "python": sys.version.split()[0]}
     sizes.sort(key=lambda row: row["level"])
     return {
         "device": f"{CORES} cores of {cpu_name()}, load {load:.1f} at the start",
         "versions": versions, "rates": rates, "settings": settings, "seed": seeds[0],
-        "joules": joules, "speed": speed, "files": sizes,
+        "speed": speed, "files": sizes,
     }  # fmt: skip
 
 

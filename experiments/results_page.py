@@ -180,19 +180,13 @@ def inference_section(found: dict, drawn: Mapping[str, Any]) -> Section:
             low, middle, high = quantiles(here[batch]["ratios"], n=4)
             lines[-1] += [f"{1000 * median(here[batch]['seconds']['ours']):.3g}",
                           f"{middle:.2f} ({low:.2f}–{high:.2f})"]  # fmt: skip
-    at, power = crossover([*by_weight(found, 256).values()]), "not reported here (no RAPL)"
-    if joules := found["joules"]:
-        power = (
-            f"{1e3 * joules['ours']:.3g} mJ at {joules['level']:g}% by weight; dense "
-            f"{1e3 * joules['dense']:.3g} mJ (RAPL)"
-        )
+    at = crossover([*by_weight(found, 256).values()])
     note = (
         f"{machine(found, found['rates'])}. Networks of seed {found['seed']}, trained with their "
         "masks. Medians of calls in turns with dense, the faster of XLA and NumPy; in brackets the "
         "quartiles. Bytes are of weights, inputs, results and buffers, and of what is compiled the "
         "kept weights once more, at the largest batch. The crossover at batch 256, the lowest "
-        f"level (%) by weight that is at least 3% faster than dense: {at}. Energy of a call "
-        f"there: {power}."
+        f"level (%) by weight that is at least 3% faster than dense: {at}."
     )
     rates = {
         f"batch {n}": [f"{gflops(r):.0f}" for r in by_weight(found, n).values()] for n in batches

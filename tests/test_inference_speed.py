@@ -1,7 +1,6 @@
 """The experiment on inference: that it runs and checks what it measures; nothing about time."""
 
 import dataclasses
-import itertools
 import json
 from pathlib import Path
 
@@ -47,7 +46,7 @@ def test_all_is_measured_and_drawn(
     out = tmp_path / "inference.json"
     inference_speed.main([str(run_dir), "--preset", "quick", "--out", str(out)])
     printed = capsys.readouterr().out
-    assert "weight 98%" in printed and "codebook5" in printed and "Energy" in printed
+    assert "weight 98%" in printed and "codebook5" in printed
     assert "GFLOP/s of kept" in printed and "times as fast" in printed
     found = json.loads(out.read_text())
     assert [(row["granularity"], row["level"], row["batch"]) for row in found["speed"]] == [
@@ -108,39 +107,6 @@ def test_levels_that_the_run_does_not_have_are_named(
             inference_speed.main([str(run_dir), *flags])
         assert stopped.value.code == 2
         assert capsys.readouterr().err == f"inference_speed.py: {message.format(run_dir)}\n"
-
-
-@pytest.mark.parametrize("start", [0, 1_000_000, 5_000_000, 9_999_999])
-def test_joules_are_those_of_the_counter_also_when_it_starts_again(
-    start: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(inference_speed, "RAPL", tmp_path)
-    monkeypatch.setattr(inference_speed, "SECONDS", 0)
-    counter, limit = tmp_path / "energy_uj", 10_000_000
-
-    def three_joules() -> None:
-        counter.write_text(f"{(int(counter.read_text()) + 3_000_000) % limit}\n")
-
-    (tmp_path / "max_energy_range_uj").write_text(f"{limit}\n")
-    counter.write_text(f"{start}\n")
-    assert inference_speed.energy(three_joules) == pytest.approx(3)
-
-
-def test_energy_is_measured_of_ours_and_dense_or_not_at_all(
-    small: Data, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(inference_speed, "RAPL", tmp_path)
-    monkeypatch.setattr(inference_speed, "SECONDS", 0)
-    pruned = next(inference_speed.trained(load_run(run_dir), [0], [80.0]))
-    _, apply = networks.mlp(784, (64, 100), 10)
-    images = small.test.x.reshape(-1, 784)
-    assert inference_speed.measure_energy(pruned, apply, images) is None  # no files
-    (tmp_path / "energy_uj").write_text("7\n")  # it stands still
-    assert inference_speed.measure_energy(pruned, apply, images) is None
-    ticks = itertools.count()
-    monkeypatch.setattr(inference_speed, "rapl", lambda _: next(ticks))
-    found = inference_speed.measure_energy(pruned, apply, images)
-    assert found == {"level": 80.0, "ours": 1e-6, "dense": 1e-6}
 
 
 def test_rates_and_the_crossover_by_hand() -> None:

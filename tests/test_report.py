@@ -177,12 +177,3 @@ def test_the_committed_run_is_the_challenge_and_complete(
     for level in (0.7, 0.8, 0.9, 0.95):  # the challenge's finding
         weight, unit = (Arm("magnitude", g, "layer", "one_shot") for g in ("weight", "unit"))
         assert results.difference(run.rows, weight, unit, level, "accuracy")[0] > 0
-
-
-def test_energy_is_stated_where_it_was_measured(
-    committed: tuple[results.Run, dict[str, Any]],
-) -> None:
-    joules = {"level": 99.0, "ours": 0.0125, "dense": 0.25}
-    for given, words in ((joules, "12.5 mJ at 99% by weight; dense 250 mJ"), (None, "no RAPL")):
-        section = results_page.inference_section(committed[1]["inference"] | {"joules": given}, {})
-        assert words in section.paragraphs[0]

@@ -154,17 +154,17 @@ def _granularity(graph: Graph, groups: Sequence[Group], prunable: Prunable = Non
     def spread(kept: Pieces, params: Params) -> Masks:
         levels = np.shape(next(iter(kept.values())))[:-1] if kept else ()
         leaves = dict(trees.paths_and_leaves(params))
-        masks: dict[str, Any] = {
-            path: np.ones((*levels, *np.shape(leaf)), bool) for path, leaf in leaves.items()
-        }
+        masks: dict[str, Any] = dict.fromkeys(leaves, np.True_)
         for group in chosen(params):
             for member in _masked(group):
-                dtype = jnp.asarray(leaves[member.path]).dtype
-                if jnp.issubdtype(dtype, jnp.inexact):
-                    mask = masks[member.path]
-                    along = _along(kept[group.name], member, mask.ndim - len(levels))
-                    masks[member.path] = mask & along
-        spread = [sharded_like(leaves[path], jnp.asarray(mask)) for path, mask in masks.items()]
+                leaf = leaves[member.path]
+                if jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.inexact):
+                    along = _along(kept[group.name], member, np.ndim(leaf))
+                    masks[member.path] = masks[member.path] & along
+        spread = [
+            sharded_like(leaf, jnp.broadcast_to(masks[path], (*levels, *np.shape(leaf))))
+            for path, leaf in leaves.items()
+        ]
         return jax.tree.unflatten(jax.tree.structure(params), spread)
 
     return Granularity("unit", rank, cost, spread)
