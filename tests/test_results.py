@@ -193,8 +193,7 @@ def test_lines_that_are_no_rows(tmp_path, text):
 
 @pytest.mark.parametrize(
     ("values", "mean", "half"),
-    [  # 12.7062, 4.30265, 2.77645: the printed table's t for 1, 2 and 4 degrees of freedom
-        ([1.0, 3.0], 2, 12.7062 * math.sqrt(2) / math.sqrt(2)),
+    [  # 4.30265 and 2.77645: the printed table's t for 2 and 4 degrees of freedom
         ([2.0, 4.0, 6.0], 4, 4.30265 * 2 / math.sqrt(3)),
         ([1, 2, 3, 4, 5], 3, 2.77645 * math.sqrt(2.5) / math.sqrt(5)),
         ([7, 7, 7], 7, 0),
@@ -202,13 +201,20 @@ def test_lines_that_are_no_rows(tmp_path, text):
 )
 def test_the_interval_is_students(values, mean, half):
     assert results.mean_interval(values) == pytest.approx((mean, half), rel=1e-5)
+    ends = max(mean - half, 0), mean + half
+    assert results.spread(values, LOSS) == pytest.approx((mean, *ends), rel=1e-5)
 
 
 def test_intervals_of_few_values_and_of_bounded_metrics():
-    assert results.mean_interval([0.25]) == (0.25, None)
+    for values, mean in (([0.25], 0.25), ([0.25, 0.75], 0.5)):
+        assert results.mean_interval(values) == (mean, None)
+        assert results.spread(values, ACCURACY) == (mean, None, None)
+    assert results.of_difference(ACCURACY)[5:] == (-1, 1, None)
+    assert results.of_difference(LOSS._replace(chance=2.3))[5:] == (None, None, None)
     with pytest.raises(ValueError, match="at least one value"):
         results.mean_interval([])
     seeds = [0.4, 0.4, 0.96]
+    assert results.spread(seeds, ACCURACY)[1:] == (0, 1)
     rows = [row(seed=i, metrics={"accuracy": value}) for i, value in enumerate(seeds)]
     (table,) = results.tables(rows, [ACCURACY])
     assert table.lines == [["97.5", "58.67 [0.00, 100.00]", "1,234,567"]]
@@ -277,6 +283,39 @@ def test_arms_are_compared_with_the_first_of_their_granularity():
             ("unit", "minus magnitude"): "-28.00, -28.00",
         },
     ]
+
+
+def test_cells_are_in_the_order_of_seeds_and_weights_that_differ_are_both_shown():
+    rows = [
+        dataclasses.replace(r, remaining=1200 + 100 * r.seed if r.granularity == "unit" else 2000)
+        for r in study()[::-1]
+    ]
+    units = ["88.00, 89.00", "1,200, 1,300", "88.00, 89.00", "2,000"]
+    assert results.tables(rows, [ACCURACY])[0].lines[0] == ["0", *units]
+
+
+def test_wide_tables_go_on_below():
+    wide = {"accuracy": [0.1, 0.9, 0.9], "loss": [0.1, 9.0, 9.0]}  # intervals cut at a bound
+    rows = [
+        row(granularity=granularity, seed=i, metrics={name: wide[name][i] for name in wide})
+        for granularity in ("weight", "unit") for i in range(3)
+    ]  # fmt: skip
+    assert (
+        results.text(results.tables(rows, [ACCURACY, LOSS])[0])
+        == """\
+trained, magnitude, layer, epoch 2, mean ± 95% interval over 3 seeds
+                        weight
+pruned %            accuracy %              loss nats    weights
+    97.5  63.33 [0.00, 100.00]  6.033 [0.000, 18.798]  1,234,567
+
+                          unit
+pruned %            accuracy %              loss nats    weights
+    97.5  63.33 [0.00, 100.00]  6.033 [0.000, 18.798]  1,234,567"""
+    )
+    table = results.Table("t", [("", "a"), ("one", "x" * 120), ("", "b")], [["1", "2", "3"]])
+    assert [line.strip() for line in results.text(table).splitlines()] == [
+        "t", "one", f"a  {'x' * 120}", f"1  {'2':>120}", "", "", "a  b", "1  3"
+    ]  # fmt: skip
 
 
 def test_levels_that_diverged_are_marked():
@@ -362,8 +401,8 @@ CONFIG = {
     "levels": [[50.0, 0.0, 97.5], [25.0]],
     "seeds": 2,
     "metrics": [ACCURACY._asdict(), LOSS._asdict()],
-    "command": ["sweep.py"], "versions": {"jax": "0.10.2"}, "device": {}, "seconds": {},
-    "compilations": 3,
+    "command": ["sweep.py"], "versions": {"jax": "0.10.2"}, "device": {},
+    "seconds": {"compilation": 2}, "compilations": 3,
 }  # fmt: skip
 Dense = namedtuple("Dense", ["kernel"])
 KERNEL = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -496,12 +535,14 @@ def test_what_is_no_run(tmp_path):
 
 
 WRONG = [
-    *((name, None) for name in CONFIG if name not in ("format", "settings", "command")),
+    *((name, None) for name in CONFIG if name not in ("format", "settings")),
     ("settings", 3), ("settings.epochs", "2"), ("settings.epochs", 0), ("seeds", "1"), ("seeds", 0),
     ("seeds", True), ("levels", 3), ("levels[0]", 50), ("levels[0][1]", "50"), ("levels", []),
     ("levels[1][0]", 50.0), ("levels[1][0]", 101), ("versions", []), ("arms", []), ("arms[2]", "a"),
     ("arms[1].criterion", None), ("arms[1].granularity", "weight"), ("arms[0].settings", 1),
-    ("identity", 3), ("stepped", "no"), ("seconds", {"compilation": "1"}),
+    ("identity", 3), ("stepped", "no"), ("stepped", 1), ("command", "sweep.py"), ("command[0]", 2),
+    ("seconds.compilation", "1"), ("seconds.compilation", None), ("seconds.compilation", True),
+    ("later_surroundings", {}),
     ("metrics[1].drawn", "yes"), ("metrics[0].low", "0"), ("metrics[0].name", 1),
 ]  # fmt: skip
 

@@ -5,7 +5,7 @@ otherwise families do; one-shot is dashed, trained solid.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,13 +14,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from jaxprune.config import Arm
-from jaxprune.figures.panels import Look, Points, curve, footnote, over_seeds
+from jaxprune.figures.panels import Look, Points, color_of, curve, footnote, over_seeds
 from jaxprune.results import Row, drawn_metrics
 from jaxprune.types import Metric
 
 Family = tuple[str, str]
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "0.35")
-_MARKERS = "osD^vPX<"  # one more than colours, so that pairs repeat late
 _PROTOCOLS: dict[str, Look] = {
     "one_shot": {"linestyle": (0, (4, 2)), "markerfacecolor": "white"},
     "trained": {"linestyle": "-"},
@@ -31,9 +29,9 @@ _GUESS: Look = {"color": "0.4", "linestyle": ":", "linewidth": 1, "label": "blin
 
 def present(rows: Iterable[Row], field: str) -> list[str]:
     """Return the values of a field, known ones in their order, then the others."""
-    known = {"weight": 0, "unit": 1, "one_shot": 0, "trained": 1}
+    known = ["weight", "unit", "one_shot", "trained"]
     found = dict.fromkeys(getattr(row, field) for row in rows)
-    return sorted(found, key=lambda name: known.get(name, len(known)))
+    return sorted(found, key=lambda name: known.index(name) if name in known else len(known))
 
 
 def family_of(row: Row | Arm) -> Family:
@@ -48,50 +46,43 @@ def families_of(rows: Iterable[Row]) -> list[Family]:
 
 def family_name(family: Family, rows: Sequence[Row]) -> str:
     """Return what tells a family from the others: its criterion, its scope, or both."""
-    telling = [len({found[i] for found in families_of(rows)}) > 1 for i in (0, 1)]
-    return ", ".join(name for name, tells in zip(family, telling, strict=True) if tells)
+    parts = zip(family, zip(*families_of(rows), strict=True), strict=True)
+    return ", ".join(name for name, all_names in parts if len({*all_names}) > 1)
 
 
-def color_of(index: int) -> Look:
-    """Return a colour and marker, each differing from its neighbours'."""
-    return {"color": _COLORS[index % len(_COLORS)], "marker": _MARKERS[index % len(_MARKERS)]}
+def colors_of(rows: Sequence[Row], *, families: bool = True) -> dict[Any, Look]:
+    """Return colour, marker and label by family if several are there and meant, or granularity."""
+    if families and len(every := families_of(rows)) > 1:
+        names = {family: family_name(family, rows) for family in every}
+    else:
+        names = {name: f"{name}s" for name in ("weight", "unit", *present(rows, "granularity"))}
+    return {key: color_of(i) | {"label": name} for i, (key, name) in enumerate(names.items())}
 
 
-def looks_of(rows: Sequence[Row], *, families: bool = True) -> Callable[[Arm], Look]:
-    """Return the look of an arm: by its family where there are several and they are meant."""
-    every, colors = families_of(rows), _granularity_colors(rows)
-    families = families and len(every) > 1
-
-    def look(arm: Arm) -> Look:
-        color = color_of(every.index(family_of(arm))) if families else colors[arm.granularity]
-        return color | _PROTOCOLS.get(arm.protocol, _OTHER) | {"label": str(arm)}
-
-    return look
-
-
-def legend_of(rows: Sequence[Row], metrics: Iterable[Metric], shown: Any = None) -> list[Line2D]:
+def legend_of(
+    rows: Sequence[Row], colors: Mapping[Any, Look], metrics: Iterable[Metric] = ()
+) -> list[Line2D]:
     """Return the legend: families or granularities by colour, then protocols by line.
 
     Args:
         rows: all that is drawn.
+        colors: as `colors_of` returns them; what no row has is left out.
         metrics: in whose panels a blind guess is marked.
-        shown: families, where they have the colours; None for all if there are several.
     """
-    looks: list[Look]
-    every = families_of(rows)
-    if shown is None and len(every) > 1:
-        shown = every
-    if shown:
-        looks = [color_of(every.index(f)) | {"label": family_name(f, rows)} for f in shown]
-    else:
-        colors = _granularity_colors(rows)
-        looks = [colors[g] | {"label": f"{g}s"} for g in present(rows, "granularity")]
+    there = {*families_of(rows), *present(rows, "granularity")}
+    looks = [look for key, look in colors.items() if key in there]
     for name in present(rows, "protocol"):
         label = {"color": "0.2", "label": name.replace("_", "-")}
         looks.append(label | _PROTOCOLS.get(name, _OTHER))
     if any(metric.chance is not None for metric in metrics):
         looks.append(_GUESS)
     return [Line2D([], [], **look) for look in looks]
+
+
+def look_of(arm: Arm, colors: Mapping[Any, Look]) -> Look:
+    """Return the look of an arm's curve."""
+    color = colors.get(family_of(arm)) or colors[arm.granularity]
+    return color | _PROTOCOLS.get(arm.protocol, _OTHER) | {"label": str(arm)}
 
 
 def panel_rows(
@@ -132,12 +123,12 @@ def points_of(rows: Iterable[Row], x: str, metric: str) -> Points:
 
 
 def arm_curves(
-    ax: Axes, rows: Sequence[Row], x: str, metric: Metric, look: Callable[[Arm], Look]
+    ax: Axes, rows: Sequence[Row], x: str, metric: Metric, colors: Mapping[Any, Look], **look: Any
 ) -> None:
-    """Draw a curve an arm."""
+    """Draw a curve an arm; `look` is of all of them."""
     for arm in dict.fromkeys(row.arm for row in rows):
         points = points_of([row for row in rows if row.arm == arm], x, metric.name)
-        curve(ax, points, metric, **look(arm))
+        curve(ax, points, metric, **look_of(arm, colors) | look)
 
 
 def mark_guess(metric: Metric, *line: Axes) -> None:
@@ -149,26 +140,17 @@ def mark_guess(metric: Metric, *line: Axes) -> None:
             ax.axhline(metric.chance, **_GUESS)
 
 
-def zoom_in(metric: Metric, rows: Iterable[Row], line: Iterable[Axes]) -> None:
-    """Limit panels to the best four fifths of the rows, with some room."""
-    known = (row.metrics.get(metric.name) for row in rows)
+def zoom_in(metric: Metric, rows: Iterable[Row], ax: Axes) -> None:
+    """Limit a panel, and what shares its y axis, to the best four fifths of the trained rows."""
+    known = (row.metrics.get(metric.name) for row in rows if row.protocol == "trained")
     if values := [value for value in known if value is not None]:
         low, high = np.quantile(values, (0, 0.8) if metric.better == "lower" else (0.2, 1))
         room = 0.1 * (high - low) or 0.01
-        for ax in line:
-            ax.set_ylim(low - room, high + room)
-
-
-def add_name(ax: Axes, name: str) -> None:
-    """Put a name before the label of the y axis."""
-    ax.set_ylabel("\n".join(filter(None, [name, ax.get_ylabel()])))
+        ax.set_ylim(low - room, high + room)
 
 
 def finish(fig: Figure, rows: Sequence[Row], note: str, handles: Sequence[Any]) -> Figure:
-    """Add the legend above and the footnote below; name the x axis on the last row only."""
-    for ax in fig.axes:
-        if (place := ax.get_subplotspec()) and not place.is_last_row():
-            ax.set_xlabel("")
+    """Add the legend above and the footnote below."""
     fig.align_labels()
     widths = [0.5 + 0.062 * len(handle.get_label()) for handle in handles]  # inches
     columns = len(handles) if sum(widths) < 6.6 else max(int(6.6 / max(widths)), 1)
@@ -180,8 +162,3 @@ def finish(fig: Figure, rows: Sequence[Row], note: str, handles: Sequence[Any]) 
     seeds = over_seeds(len({row.seed for row in rows}))
     footnote(fig, note, f"{criteria} scores, by {scopes}", after, seeds)
     return fig
-
-
-def _granularity_colors(rows: Iterable[Row]) -> dict[str, Look]:
-    names = dict.fromkeys(["weight", "unit", *present(rows, "granularity")])
-    return {name: color_of(i) for i, name in enumerate(names)}

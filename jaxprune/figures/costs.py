@@ -5,42 +5,28 @@ from typing import Any
 
 import numpy as np
 from matplotlib import style
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
 from jaxprune.figures.panels import (
     STYLE,
+    Look,
+    color_of,
     footnote,
     level_axis,
     log_axis,
     panels,
-    percent,
+    percent_axis,
 )
 
-CROSSOVER = 1.03  # times as fast as dense from which a network counts as faster
-_BATCHES: list[dict[str, Any]] = [
-    {"color": "#CC79A7", "marker": "o"},
-    {"color": "#E69F00", "marker": "s"},
-    {"color": "#009E73", "marker": "D"},
-    {"color": "#0072B2", "marker": "^"},
-]
-_CODES: dict[str, dict[str, Any]] = {
-    "float32": {"color": "#0072B2", "marker": "o"},
-    "float16": {"color": "#56B4E9", "marker": "s"},
-    "int8": {"color": "#009E73", "marker": "D"},
-    "codebook6": {"color": "#E69F00", "marker": "^"},
-    "codebook5": {"color": "#D55E00", "marker": "v"},
-    "codebook4": {"color": "#CC79A7", "marker": "P"},
-}
-_FORMATS: dict[str, dict[str, Any]] = {
+_FASTER = 1.03  # times as fast as dense from which a network counts as faster
+_FORMATS: dict[str, Look] = {
     "bound": {"color": "0.1", "linestyle": (0, (4, 2)), "label": "bound: independent places"},
     "bitmap": {"color": "#8C564B", "linestyle": "-.", "marker": "x", "label": "bitmap + float32"},
     "csr": {"color": "0.55", "linestyle": ":", "marker": "1", "label": "CSR"},
     "npz": {"color": "0.3", "linestyle": "none", "marker": "+", "label": "npz"},
-    "gzip": {
-        "color": "0.6", "marker": "s", "markerfacecolor": "none", "markersize": 6, "label": "gzip"
-    },
-}  # fmt: skip
+    "gzip": {"color": "0.6", "marker": "s", "fillstyle": "none", "markersize": 6, "label": "gzip"},
+}
 
 
 def crossover(rows: Sequence[Mapping[str, Any]]) -> int | float | None:
@@ -49,7 +35,7 @@ def crossover(rows: Sequence[Mapping[str, Any]]) -> int | float | None:
     Args:
         rows: of one granularity and batch size, as `speedups` takes them.
     """
-    faster = [row["level"] for row in rows if np.median(row["ratios"]) >= CROSSOVER]
+    faster = [row["level"] for row in rows if np.median(row["ratios"]) >= _FASTER]
     return min(faster, default=None)
 
 
@@ -76,23 +62,23 @@ def speedups(rows: Sequence[Mapping[str, Any]], *, note: str = "") -> Figure:
     batches = sorted({row["batch"] for row in rows})
     fig, axes = panels(1, len(granularities), height=3.6, sharey="row")
     for granularity, ax in zip(granularities, axes[0], strict=True):
-        here = sorted(
-            (r for r in rows if r["granularity"] == granularity), key=lambda r: r["level"]
-        )
+        here = [row for row in rows if row["granularity"] == granularity]
+        here.sort(key=lambda row: row["level"])
         level_axis(ax, [row["level"] / 100 for row in here], f"{granularity}s")
-        for batch, look in zip(batches, _BATCHES * len(batches), strict=False):
-            _speed_line(ax, [row for row in here if row["batch"] == batch], batch, look)
+        for i, batch in enumerate(batches):
+            if own := [row for row in here if row["batch"] == batch]:
+                _speed_line(ax, own, color_of(i))
         _beside_own_dense(ax, [row for row in here if row["batch"] == batches[0]])
         ideal = {r["level"] / 100: r["dense"] / r["executed"] for r in here if r["executed"]}
-        ax.plot([*ideal], [*ideal.values()], color="0.4", linestyle=(0, (4, 2)),
-                label="ideal, by multiply-adds run")  # fmt: skip
+        dashed = {"color": "0.4", "linestyle": (0, (4, 2))}
+        ax.plot([*ideal], [*ideal.values()], label="ideal, by multiply-adds run", **dashed)
         ax.axhline(1, color="0.5", linewidth=0.8)
         ax.set_title(f"{granularity}s")
         log_axis(ax)
     axes[0, 0].set_ylabel("times as fast as dense")
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
-    footnote(fig, note, "dense: the faster of XLA and NumPy", "band: quartiles of the calls",
-             "ring: the first level that is 3% faster")  # fmt: skip
+    texts = "dense: the faster of XLA and NumPy", "band: quartiles of the calls"
+    footnote(fig, note, *texts, "ring: the first level that is 3% faster")
     return fig
 
 
@@ -112,56 +98,52 @@ def file_sizes(rows: Sequence[Mapping[str, Any]], *, note: str = "") -> Figure:
     if not rows:
         raise ValueError("file_sizes needs at least one row, got none")
     fig, ((left, right),) = panels(1, 2, height=4.1)
-    levels = sorted({row["level"] for row in rows})
+    levels = np.array(sorted({row["level"] for row in rows}))
 
-    def by_level(values: str, field: str) -> list[list[Any]]:
-        return [[r[field] for r in rows if (r["level"], r["values"]) == (level, values)]
-                for level in levels]  # fmt: skip
+    def by_level(values: str, field: str, reduce: Any = np.mean) -> np.ndarray:
+        own = [row for row in rows if row["values"] == values]
+        return np.array([reduce([r[field] for r in own if r["level"] == k]) for k in levels])
 
-    level_axis(left, [level / 100 for level in levels], "weights")
-    present = [values for values in _CODES if any(row["values"] == values for row in rows)]
-    for values in present:
-        megabytes = np.array([np.mean(found) for found in by_level(values, "bytes")]) / 1e6
-        left.plot([level / 100 for level in levels], megabytes, label=values, **_CODES[values])
-        accuracy = by_level(values, "accuracy")
-        means = np.array([np.mean(seeds) for seeds in accuracy])
-        right.plot(megabytes, means, linewidth=0.8, **_CODES[values])
-        spread = [means - [*map(min, accuracy)], [*map(max, accuracy)] - means]
-        right.errorbar(megabytes, means, spread, fmt="none", color=_CODES[values]["color"],
-                       alpha=0.35, linewidth=0.8)  # fmt: skip
+    level_axis(left, levels / 100, "weights")
+    present = list(dict.fromkeys(row["values"] for row in rows))
+    for i, values in enumerate(present):
+        megabytes, look = by_level(values, "bytes") / 1e6, color_of(i)
+        left.plot(levels / 100, megabytes, label=values, **look)
+        low, mean, high = (by_level(values, "accuracy", f) for f in (np.min, np.mean, np.max))
+        right.plot(megabytes, mean, linewidth=0.8, **look)
+        right.vlines(megabytes, low, high, color=look["color"], alpha=0.35, linewidth=0.8)
     for name, look in _FORMATS.items():
-        megabytes = np.array([np.mean(found) for found in by_level(present[0], name)]) / 1e6
-        left.plot([level / 100 for level in levels], megabytes, linewidth=0.8, **look)
+        left.plot(levels / 100, by_level(present[0], name) / 1e6, linewidth=0.8, **look)
     log_axis(left)
     left.set_ylabel("megabytes")
     right.set(xscale="log", xlabel="megabytes", ylabel="test accuracy (%)")
-    right.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:g}"))
-    right.yaxis.set_major_formatter(FuncFormatter(lambda part, _: percent(round(part, 4))))
+    right.xaxis.set_major_formatter("{x:g}")
+    percent_axis(right)
     fig.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=4)
     seeds = len({row["seed"] for row in rows})
-    footnote(
-        fig, note, f"mean of {seeds} seeds, bars: lowest to highest" if seeds > 1 else "one seed",
-        "bound: of places that are independent, and float32 values; files are below it because "
-        "values compress",
-    )  # fmt: skip
+    means = f"mean of {seeds} seeds, bars: lowest to highest" if seeds > 1 else "one seed"
+    bound = "bound: of places that are independent, and float32 values"
+    footnote(fig, note, means, f"{bound}; files are below it because values compress")
     return fig
 
 
-def _speed_line(ax: Any, rows: Sequence[Mapping[str, Any]], batch: int, look: Any) -> None:
+def _speed_line(ax: Axes, rows: Sequence[Mapping[str, Any]], look: Look) -> None:
     levels = [row["level"] / 100 for row in rows]
-    middle, low, high = (np.array([np.quantile(row["ratios"], q) for row in rows])
-                         for q in (0.5, 0.25, 0.75))  # fmt: skip
-    ax.plot(levels, middle, label=f"batch {batch}", **look)
+    low, middle, high = zip(
+        *(np.quantile(row["ratios"], (0.25, 0.5, 0.75)) for row in rows), strict=True
+    )
+    ax.plot(levels, middle, label=f"batch {rows[0]['batch']}", **look)
     ax.fill_between(levels, low, high, color=look["color"], alpha=0.15, linewidth=0, zorder=1.4)
     if (first := crossover(rows)) is not None:
         at = [first / 100], [middle[levels.index(first / 100)]]
         ax.plot(*at, "o", markersize=9, markerfacecolor="none", color=look["color"])
 
 
-def _beside_own_dense(ax: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+def _beside_own_dense(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     """Draw the smallest batch beside the same kernel with all weights, if it was measured."""
     seconds = {row["level"] / 100: np.median(row["seconds"]["ours"]) for row in rows}
     if 0 in seconds:
         ratios = [seconds[0] / here for here in seconds.values()]
-        ax.plot([*seconds], ratios, color=_BATCHES[0]["color"], linestyle=":", marker=".",
-                label=f"batch {rows[0]['batch']}, beside own dense, 0%")  # fmt: skip
+        thin = {"color": color_of(0)["color"], "linestyle": ":", "marker": "."}
+        label = f"batch {rows[0]['batch']}, beside own dense, 0%"
+        ax.plot([*seconds], ratios, label=label, **thin)

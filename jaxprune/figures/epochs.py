@@ -11,16 +11,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from jaxprune.figures.arms import (
-    add_name,
-    color_of,
-    finish,
-    panel_rows,
-    points_of,
-    present,
-    zoom_in,
-)
-from jaxprune.figures.panels import STYLE, Look, curve, metric_axis, panels, percent
+from jaxprune.figures.arms import finish, panel_rows, points_of, present, zoom_in
+from jaxprune.figures.panels import STYLE, Look, color_of, curve, metric_axis, panels, percent
 from jaxprune.results import Row
 from jaxprune.types import Metric
 
@@ -48,12 +40,10 @@ def epoch_training(
     protocols, parts = present(rows, "protocol"), panel_rows(rows, metrics)
     levels = sorted({row.target_sparsity for row in rows})
     chosen = {round(i * (len(levels) - 1) / (_STRONG - 1)) for i in range(_STRONG)}
-    strong: dict[float, Look] = {
-        levels[i]: color_of(n) | {"markersize": 2.8} for n, i in enumerate(sorted(chosen))
-    }
+    strong = {levels[i]: color_of(n) | {"markersize": 2.8} for n, i in enumerate(sorted(chosen))}
     looks = {level: strong.get(level, _THIN) for level in levels}
-    height = 1.1 + 2.1 * len(parts)
-    fig, axes = panels(len(parts), len(protocols), height=height, sharey="row")
+    size = len(parts), len(protocols)
+    fig, axes = panels(*size, height=1.1 + 2.1 * len(parts), sharey="row")
     for line, (metric, name, part, near) in zip(axes, parts, strict=True):
         for ax, protocol in zip(line, protocols, strict=True):
             here = [row for row in part if row.protocol == protocol]
@@ -61,12 +51,14 @@ def epoch_training(
             _level_curves(ax, here, metric, looks, span[0] if span else 0)
             if span:
                 ax.axvspan(*span, color=_SHADE, linewidth=0, zorder=0)
-        metric_axis(metric, *line, zoom=True)
+        metric_axis(metric, *line, name=name, zoom=True)
         if near:
-            zoom_in(metric, [row for row in part if row.protocol == "trained"], line)
-        add_name(line[0], name)
-    for ax, protocol in zip(axes[0], protocols, strict=True):
-        ax.set_title(f"{granularity}s, {protocol.replace('_', '-')}")
+            zoom_in(metric, part, line[0])
+    for column, protocol in zip(axes.T, protocols, strict=True):
+        column[0].set_title(f"{granularity}s, {protocol.replace('_', '-')}")
+        whole = MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1)
+        column[-1].set_xlabel("epochs trained")
+        column[-1].xaxis.set_major_locator(whole)
     handles: list[Any] = [Line2D([], [], label=f"k = {percent(k)}%", **strong[k]) for k in strong]
     if len(levels) > len(strong):
         handles.append(Line2D([], [], label="other levels", **_THIN))
@@ -86,9 +78,6 @@ def _level_curves(
         if look is _THIN:  # the mean alone
             points = {place: [tuple(np.mean(seeds, axis=0))] for place, seeds in points.items()}
         curve(ax, points, metric, label=percent(level), **look)
-    ax.set_xlabel("epochs trained")
-    whole = MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1)
-    ax.xaxis.set_major_locator(whole)
 
 
 def _pruning_epochs(rows: Sequence[Row]) -> tuple[int, int] | None:

@@ -4,15 +4,16 @@ import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
-from jaxprune.results import mean_interval
+from jaxprune.results import spread
 from jaxprune.types import Metric
 
 STYLE = {
@@ -23,19 +24,17 @@ STYLE = {
     "lines.markersize": 3.8, "savefig.dpi": 200, "svg.fonttype": "path", "svg.hashsalt": "jaxprune",
 }  # fmt: skip
 ENOUGH = 5  # seeds from which a t interval says more than the points themselves
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "0.35")
+_MARKERS = "osD^vPX<"  # one more than colours, so that pairs repeat late
 Look = dict[str, Any]
 Points = Mapping[Any, Sequence[tuple[Any, Any]]]  # by place, (x, y) of every seed
 
 
 @style.context(STYLE, after_reset=True)
 def save_figures(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
-    """Write figures as PNG and SVG into a folder, made if missing; return the files.
+    """Write figures, by the name of their files, as PNG and SVG into a folder, made if missing.
 
-    The same rows give the same bytes.
-
-    Args:
-        figures: by the name of their files.
-        folder: where to.
+    Returns the files. The same rows give the same bytes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     # Neither the time nor the version of matplotlib belongs in a file that is kept in git.
@@ -53,6 +52,11 @@ def panels(down: int, across: int, *, height: float, sharey: Any = False) -> tup
     """Return a figure of the width of a page, and its panels, (down, across)."""
     fig = Figure(figsize=(6.8, height), layout="constrained")
     return fig, fig.subplots(down, across, squeeze=False, sharex="col", sharey=sharey)
+
+
+def color_of(index: int) -> Look:
+    """Return a colour and marker, each differing from its neighbours'."""
+    return {"color": _COLORS[index % len(_COLORS)], "marker": _MARKERS[index % len(_MARKERS)]}
 
 
 def percent(fraction: float) -> str:
@@ -93,19 +97,25 @@ def log_axis(ax: Axes) -> None:
     """Make the y axis logarithmic, with ticks at 1, 2 and 5."""
     ax.set_yscale("log")
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_locator(NullLocator())
 
 
-def metric_axis(metric: Metric, *line: Axes, zoom: bool = False) -> None:
+def percent_axis(ax: Axes) -> None:
+    """Label the y axis, of fractions, in percent."""
+    ax.yaxis.set_major_formatter(lambda part, _: percent(part))
+
+
+def metric_axis(metric: Metric, *line: Axes, name: str = "", zoom: bool = False) -> None:
     """Scale, limit and name the y axis of panels side by side; wide bands may be cut off.
 
     What has no upper bound but a lower one of 0, such as a loss, grows tenfold over the levels and
     doubles where others hardly move: its axis is logarithmic. A bounded metric, of which one side
-    is better, is shown over all of its range unless `zoom`.
+    is better, is shown over all of its range unless `zoom`. A name comes before the label.
     """
     label = f"{metric.label} ({metric.unit})" if metric.unit else metric.label
-    line[0].set_ylabel(textwrap.fill(label, 28, break_on_hyphens=False))
+    label = textwrap.fill(label, 28, break_on_hyphens=False)
+    line[0].set_ylabel(f"{name}\n{label}" if name else label)
     means = [np.asarray(found.get_ydata()) for ax in line for found in ax.lines]
     values = np.concatenate([*means, [math.nan]])
     logarithmic = metric.low == 0 and metric.high is None and not np.any(values <= 0)
@@ -113,7 +123,7 @@ def metric_axis(metric: Metric, *line: Axes, zoom: bool = False) -> None:
         if logarithmic:
             log_axis(ax)
         elif metric.unit == "%":
-            ax.yaxis.set_major_formatter(FuncFormatter(lambda part, _: percent(part)))
+            percent_axis(ax)
     if logarithmic and np.isfinite(values).any():
         low, high = line[0].get_ylim()
         line[0].set_ylim(max(low, np.nanmin(values) / 2), min(high, np.nanmax(values) * 2))
@@ -124,34 +134,25 @@ def metric_axis(metric: Metric, *line: Axes, zoom: bool = False) -> None:
         line[0].set_ylim(max(line[0].get_ylim()[0], 2 * metric.chance - metric.high))
 
 
-def curve(ax: Axes, points: Points, metric: Metric | None = None, **look: Any) -> None:
+def curve(ax: Axes, points: Points, metric: Metric, **look: Any) -> None:
     """Draw the mean over seeds as a line, and each seed as a point.
 
     From `ENOUGH` seeds on there is a band, the 95% t interval, cut at the bounds of the metric.
-
-    Args:
-        ax: the panel.
-        points: by level, or whatever tells the places of a line apart, (x, y) of every seed.
-        metric: whose bounds hold; None for a difference.
-        look: of the line.
+    `points` are, by level or whatever tells the places of a line apart, (x, y) of every seed.
     """
     if not points:
         return
-    xs = [mean_interval([x for x, _ in seeds])[0] for seeds in points.values()]
-    ys = [mean_interval([y for _, y in seeds]) for seeds in points.values()]
-    ax.plot(xs, [mean for mean, _ in ys], **look)
+    xs = [fmean(x for x, _ in seeds) for seeds in points.values()]
+    ys = (spread([y for _, y in seeds], metric) for seeds in points.values())
+    means, low, high = zip(*ys, strict=True)
+    ax.plot(xs, means, **look)
     if max(map(len, points.values())) > 1:
         # The same points under the lines, so that they never hide one.
         every = np.array([point for seeds in points.values() for point in seeds])
         ax.plot(*every.T, "o", color=look["color"], markersize=2, alpha=0.55, zorder=1.6,
                 markeredgewidth=0, label="_seeds")  # fmt: skip
     if min(map(len, points.values())) >= ENOUGH:
-        least = -math.inf if metric is None or metric.low is None else metric.low
-        most = math.inf if metric is None or metric.high is None else metric.high
-        low, high = zip(*((mean - (half or 0), mean + (half or 0)) for mean, half in ys),
-                        strict=True)  # fmt: skip
-        ax.fill_between(xs, np.clip(low, least, most), np.clip(high, least, most),
-                        color=look["color"], alpha=0.12, linewidth=0, zorder=1.4)  # fmt: skip
+        ax.fill_between(xs, low, high, color=look["color"], alpha=0.12, linewidth=0, zorder=1.4)
 
 
 def over_seeds(seeds: int) -> str:

@@ -12,14 +12,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from jaxprune.figures.arms import (
-    add_name,
     arm_curves,
+    colors_of,
     families_of,
     family_name,
     family_of,
     finish,
     legend_of,
-    looks_of,
+    look_of,
     mark_guess,
     panel_rows,
     present,
@@ -27,7 +27,7 @@ from jaxprune.figures.arms import (
 )
 from jaxprune.figures.epochs import epoch_training
 from jaxprune.figures.panels import STYLE, Look, curve, level_axis, metric_axis, panels
-from jaxprune.results import Row, drawn_metrics, last_epoch, paired
+from jaxprune.results import Row, drawn_metrics, last_epoch, of_difference, paired
 from jaxprune.types import Metric
 
 _SCALED: Look = {"color": "#009E73", "marker": "D"}
@@ -54,13 +54,13 @@ def k_sparsity(
     if not rows or not drawn:
         return None
     fig, axes = panels(1, len(drawn), height=3.1)
-    look = looks_of(rows)
+    colors = colors_of(rows)
     for ax, metric in zip(axes[0], drawn, strict=True):
-        level_axis(ax, {row.target_sparsity for row in rows}, f"{granularity}s")
-        arm_curves(ax, rows, "target_sparsity", metric, look)
+        level_axis(ax, (row.target_sparsity for row in rows), f"{granularity}s")
+        arm_curves(ax, rows, "target_sparsity", metric, colors)
         metric_axis(metric, ax)
         mark_guess(metric, ax)
-    return finish(fig, rows, note, legend_of(rows, drawn))
+    return finish(fig, rows, note, legend_of(rows, colors, drawn))
 
 
 @style.context(STYLE, after_reset=True)
@@ -77,32 +77,31 @@ def weight_vs_unit(
         The figure, without its second column where no row knows `remaining`; None unless there
         are two granularities.
     """
-    rows = last_epoch(rows)
-    if len(present(rows, "granularity")) < 2 or not drawn_metrics(metrics):
+    rows, drawn = last_epoch(rows), drawn_metrics(metrics)
+    if len(granularities := present(rows, "granularity")) < 2 or not drawn:
         return None
     sized = any(row.remaining for row in rows)  # a log axis has no place for 0
-    parts = panel_rows(rows, metrics)
+    parts, colors = panel_rows(rows, metrics), colors_of(rows, families=False)
     fig, axes = panels(len(parts), 2 if sized else 1, height=0.9 + 2.1 * len(parts), sharey="row")
-    look = looks_of(rows, families=False)
-    what = " or ".join(f"{name}s" for name in present(rows, "granularity"))
-    for line, (metric, title, here, near) in zip(axes, parts, strict=True):
-        here = [row for row in here if row.protocol == "trained"] if near else here
-        level_axis(line[0], {row.target_sparsity for row in rows}, what)
-        arm_curves(line[0], here, "target_sparsity", metric, look)
-        if sized:
-            line[1].set(xscale="log", xlabel="weights that remain (fewer to the right)")
-            arm_curves(line[1], [r for r in here if r.remaining], "remaining", metric, look)
-        metric_axis(metric, *line, zoom=near)
+    what = " or ".join(f"{name}s" for name in granularities)
+    level_axis(axes[-1, 0], (row.target_sparsity for row in rows), what)
+    if sized:
+        axes[-1, 1].set(xscale="log", xlabel="weights that remain (fewer to the right)")
+    for line, (metric, name, here, near) in zip(axes, parts, strict=True):
+        here = [row for row in here if row.protocol == "trained" or not near]
+        arm_curves(line[0], here, "target_sparsity", metric, colors)
+        for ax in line[1:]:
+            arm_curves(ax, [row for row in here if row.remaining], "remaining", metric, colors)
+        metric_axis(metric, *line, name=name, zoom=near)
         if near:
-            zoom_in(metric, here, line)
+            zoom_in(metric, here, line[0])
         else:
             mark_guess(metric, *line)
-        add_name(line[0], title)
-    if sized:
-        axes[0, 1].invert_xaxis()
     for ax, title in zip(axes[0], ("at equal k", "at equal size"), strict=False):
         ax.set_title(title)
-    return finish(fig, rows, note, legend_of(rows, drawn_metrics(metrics), shown=[]))
+        if title == "at equal size":
+            ax.invert_xaxis()
+    return finish(fig, rows, note, legend_of(rows, colors, drawn))
 
 
 @style.context(STYLE, after_reset=True)
@@ -117,28 +116,24 @@ def differences(rows: Sequence[Row], metrics: Sequence[Metric], *, note: str = "
     rows, drawn = last_epoch(rows), drawn_metrics(metrics)
     if len(families := families_of(rows)) < 2 or not drawn:
         return None
-    first, *others = families
-    granularities, look = present(rows, "granularity"), looks_of(rows)
-    height = 1.2 + 2.1 * len(drawn)
-    fig, axes = panels(len(drawn), len(granularities), height=height, sharey="row")
+    first, colors = families[0], colors_of(rows)
+    fig, axes, parts = _by_granularity(rows, len(drawn), 1.2 + 2.1 * len(drawn))
     for line, metric in zip(axes, drawn, strict=True):
-        for granularity, ax in zip(granularities, line, strict=True):
-            here = [row for row in rows if row.granularity == granularity]
-            level_axis(ax, {row.target_sparsity for row in here}, f"{granularity}s")
-            for arm in dict.fromkeys(row.arm for row in here if family_of(row) in others):
+        change = of_difference(metric)
+        for ax, here in zip(line, parts, strict=True):
+            for arm in dict.fromkeys(row.arm for row in here if family_of(row) != first):
                 base = arm._replace(criterion=first[0], scope=first[1])
                 pairs = paired(here, arm, base, metric.name)
-                points = {level: [(level, gap) for gap in gaps] for level, gaps in pairs.items()}
-                curve(ax, points, **look(arm))
+                points = {k: [(k, value) for value in seeds] for k, seeds in pairs.items()}
+                curve(ax, points, change, **look_of(arm, colors))
             ax.axhline(0, color="0.5", linewidth=0.8)
-        metric_axis(metric._replace(low=None, high=None), *line)
+        metric_axis(change, *line, zoom=True)
         unit = "points" if metric.unit == "%" else metric.unit
         label = f"{metric.label} less that\nof {family_name(first, rows)}"
         line[0].set_ylabel(label + f" ({unit})" * bool(unit))
-    for granularity, ax in zip(granularities, axes[0], strict=True):
-        ax.set_title(f"{granularity}s")
     note = "; ".join(filter(None, [note, "differences are paired by seed"]))
-    return finish(fig, rows, note, legend_of(rows, [], shown=others))
+    del colors[first]
+    return finish(fig, rows, note, legend_of(rows, colors))
 
 
 @style.context(STYLE, after_reset=True)
@@ -154,24 +149,19 @@ def calibration_and_churn(
     known = {metric.name: metric for metric in metrics}
     if not rows or not all(name in known for name in _CALIBRATION):
         return None
-    several = len(families_of(rows)) > 1
+    several, colors = len(families_of(rows)) > 1, colors_of(rows)
     names = [name for name in _CALIBRATION if several or name != "scaled_loss"]
-    granularities, look = present(rows, "granularity"), looks_of(rows)
-    fig, axes = panels(len(names), len(granularities), height=7.8 + 1.6 * several, sharey="row")
+    fig, axes, parts = _by_granularity(rows, len(names), 7.8 + 1.6 * several)
     for line, name in zip(axes, names, strict=True):
-        for granularity, ax in zip(granularities, line, strict=True):
-            here = [row for row in rows if row.granularity == granularity]
-            level_axis(ax, {row.target_sparsity for row in here}, f"{granularity}s")
-            arm_curves(ax, here, "target_sparsity", known[name], look)
+        for ax, here in zip(line, parts, strict=True):
+            arm_curves(ax, here, "target_sparsity", known[name], colors)
             if name == "loss" and not several:
-                scaled = known["scaled_loss"]
-                arm_curves(ax, here, "target_sparsity", scaled, lambda arm: look(arm) | _SCALED)
+                arm_curves(ax, here, "target_sparsity", known["scaled_loss"], colors, **_SCALED)
             if name == "signed_ece":
-                ax.set_title(f"{granularity}s")
                 ax.axhline(0, color="0.5", linewidth=0.8)
-        metric_axis(known[name], *line)
-    add_name(axes[0, 0], "above 0: over-confident")
-    handles = legend_of(rows, [])
+        above = "above 0: over-confident" if name == "signed_ece" else ""
+        metric_axis(known[name], *line, name=above)
+    handles = legend_of(rows, colors)
     if not several:
         handles.append(Line2D([], [], label="loss at the best temperature", **_SCALED))
     return finish(fig, rows, note, handles)
@@ -208,3 +198,16 @@ def describe(settings: Mapping[str, Any]) -> str:
     sizes = "-".join(map(str, settings.get("hidden_sizes", ())))
     texts = [settings.get("dataset"), settings.get("network"), sizes and f"hidden layers {sizes}"]
     return "; ".join(str(text) for text in texts if text)
+
+
+def _by_granularity(
+    rows: Sequence[Row], down: int, height: float
+) -> tuple[Figure, Any, list[list[Row]]]:
+    """Return panels against k, (down, granularities), and the rows of each column."""
+    names = present(rows, "granularity")
+    parts = [[row for row in rows if row.granularity == name] for name in names]
+    fig, axes = panels(down, len(names), height=height, sharey="row")
+    for column, here, name in zip(axes.T, parts, names, strict=True):
+        column[0].set_title(f"{name}s")
+        level_axis(column[-1], (row.target_sparsity for row in here), f"{name}s")
+    return fig, axes, parts

@@ -29,6 +29,8 @@ from jaxprune.results.tables import difference as difference
 from jaxprune.results.tables import drawn_metrics as drawn_metrics
 from jaxprune.results.tables import last_epoch as last_epoch
 from jaxprune.results.tables import mean_interval as mean_interval
+from jaxprune.results.tables import of_difference as of_difference
 from jaxprune.results.tables import paired as paired
+from jaxprune.results.tables import spread as spread
 from jaxprune.results.tables import tables as tables
 from jaxprune.results.tables import text as text

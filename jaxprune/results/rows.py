@@ -136,12 +136,13 @@ def append_rows(path: Path, rows: Sequence[Row], digest: str) -> str:
     Raises:
         OSError: they cannot be written; a torn line may be left, which `read_log` finds.
     """
-    lines = _lines(rows, digest)
     with path.open("ab") as file:
-        file.writelines(line for line, _ in lines)
+        for row in rows:
+            line, digest = _line(row, digest)
+            file.write(line)
         file.flush()
         os.fsync(file.fileno())
-    return lines[-1][1] if lines else digest
+    return digest
 
 
 def read_log(path: Path, digest: str) -> Log:
@@ -158,9 +159,9 @@ def read_log(path: Path, digest: str) -> Log:
         try:
             fields = json.loads(line)
             del fields["digest"]
-            [(again, after)] = _lines([row := Row(**fields)], digest)
+            again, after = _line(row := Row(**fields), digest)
         except _WRONG as error:
-            again, reason = b"", f"not a row of results ({_line(error)})"
+            again, reason = b"", _no_row(error)
         if line != again:
             torn = number == len(lines) and not line.endswith(b"\n")
             problem = f"line {number}: {'cut off' if torn else reason}"
@@ -199,8 +200,7 @@ def read_csv(path: Path) -> list[Row]:
         metrics = [name for name in table.fieldnames or () if name not in (*_FIELDS, "digest")]
         rows += (_from_cells(cells, metrics) for cells in table)
     except _WRONG as error:
-        line = f"{path}, line {table.line_num}"
-        raise ValueError(f"{line}: not a row of results ({_line(error)})") from error
+        raise ValueError(f"{path}, line {table.line_num}: {_no_row(error)}") from error
     again = _to_csv(rows, metrics).encode().splitlines(keepends=True)
     pairs = itertools.zip_longest(written.splitlines(keepends=True), again)
     for number, (line, right) in enumerate(pairs, 1):
@@ -209,14 +209,11 @@ def read_csv(path: Path) -> list[Row]:
     return rows
 
 
-def _lines(rows: Sequence[Row], digest: str) -> list[tuple[bytes, str]]:
-    """Return the line of every row in a log, with the digest at its end."""
-    lines = []
-    for row in rows:
-        body = json.dumps(vars(row), allow_nan=False)
-        digest = hashlib.sha256((digest + body).encode()).hexdigest()[:16]
-        lines.append((f'{body[:-1]}, "digest": "{digest}"}}\n'.encode(), digest))
-    return lines
+def _line(row: Row, digest: str) -> tuple[bytes, str]:
+    """Return the line of a row in a log, and the digest at its end."""
+    body = json.dumps(vars(row), allow_nan=False)
+    digest = hashlib.sha256((digest + body).encode()).hexdigest()[:16]
+    return f'{body[:-1]}, "digest": "{digest}"}}\n'.encode(), digest
 
 
 def _to_csv(rows: Sequence[Row], metrics: Sequence[str]) -> str:
@@ -224,16 +221,13 @@ def _to_csv(rows: Sequence[Row], metrics: Sequence[str]) -> str:
     columns = [*_FIELDS[:at], *metrics, *_FIELDS[at + 1 :], "digest"]
     table = csv.writer(text, lineterminator="\n")
     table.writerow(columns)
-    rows = [
-        dataclasses.replace(row, metrics={name: row.metrics.get(name) for name in metrics})
-        for row in rows
-    ]
-    for row, (_, digest) in zip(rows, _lines(rows, " ".join(columns)), strict=True):
-        fields = vars(row) | row.metrics | {"digest": digest}
-        cells = [fields.get(name) for name in columns]
+    digest = " ".join(columns)
+    for row in rows:
+        own = {name: row.metrics.get(name) for name in metrics}
+        _, digest = _line(dataclasses.replace(row, metrics=own), digest)
+        cells = vars(row) | own | {"digest": digest}
         table.writerow(
-            cell if isinstance(cell, str) else "" if cell is None else json.dumps(cell)
-            for cell in cells
+            json.dumps(cell) if isinstance(cell, list) else cell for cell in map(cells.get, columns)
         )
     return text.getvalue()
 
@@ -247,5 +241,5 @@ def _from_cells(cells: dict[str, Any], metrics: Sequence[str]) -> Row:
     return Row(metrics={name: fields.pop(name) for name in metrics}, **fields)
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:100]
+def _no_row(error: Exception) -> str:
+    return f"not a row of results ({' '.join(str(error).split())[:100]})"

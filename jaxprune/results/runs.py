@@ -32,6 +32,7 @@ else:
 FORMAT = 2
 _CONFIG = {
     "settings": {"epochs": int},
+    "identity": str | None,  # a run of an older format has none
     "arms": [{**dict.fromkeys((*Arm._fields, "identity"), str), "settings": dict}],
     "levels": [[int | float]],
     "seeds": int,
@@ -40,9 +41,12 @@ _CONFIG = {
         | {"drawn": bool}
         | dict.fromkeys(("low", "high", "chance"), int | float | None)
     ],
+    "stepped": bool | None,
+    "command": [str],
     "versions": dict,
     "device": dict,
-    "seconds": dict,
+    "later_surroundings": list | None,
+    "seconds": {str: int | float},  # whatever the keys are
     "compilations": int,
 }
 
@@ -97,9 +101,6 @@ def read_config(path: Path) -> dict[str, Any]:
             "arms": 0 < len(set(arms)) == len(arms),
             "levels": 0 < len(set(levels)) == len(levels) and all(0 <= n <= 100 for n in levels),
             "seeds": config["seeds"] > 0,
-            "seconds": all(type(value) in (int, float) for value in config["seconds"].values()),
-            "identity": isinstance(config.get("identity", ""), str),
-            "stepped": isinstance(config.get("stepped", False), bool),
         }
         wrong = next((name for name, fits in right.items() if not fits), "")
     if wrong:
@@ -274,20 +275,14 @@ def load_run(path: Path | str) -> Run:
 
 
 def in_order(rows: Sequence[Row], config: dict[str, Any]) -> list[Row]:
-    """Sort the rows of a run by seed, arm, epoch and level, those of one place as they come.
-
-    Args:
-        rows: of the run.
-        config: what its `config.json` holds.
-    """
+    """Sort the rows of a run by seed, arm, epoch and level; `config` is of its `config.json`."""
     arms = {arm_of(entry): i for i, entry in enumerate(config["arms"])}
-    levels = {
-        float(sparsity_of_level(level)): i for i, level in enumerate(sum(config["levels"], []))
-    }
+    every = map(sparsity_of_level, sum(config["levels"], []))
+    levels = {float(level): i for i, level in enumerate(every)}
 
-    def place(row: Row) -> tuple[int, ...]:
-        level = levels.get(row.target_sparsity, len(levels))
-        return row.seed, arms.get(row.arm, len(arms)), row.epoch, level
+    def place(row: Row) -> tuple[float, ...]:  # what is not of the run comes last
+        level = levels.get(row.target_sparsity, math.inf)
+        return row.seed, arms.get(row.arm, math.inf), row.epoch, level
 
     return sorted(rows, key=place)
 
@@ -333,13 +328,13 @@ def _words(value: Any) -> str:
 
 def _misfit(value: Any, shape: Any, name: str) -> str:
     """Return the name of what in a value has not the shape of `_CONFIG`, or nothing."""
-    parts: list[Any] = []
     if isinstance(shape, dict) and isinstance(value, dict):
+        shape = dict.fromkeys(value, shape[str]) if str in shape else shape
         parts = [(value.get(key), each, f"{name}.{key}") for key, each in shape.items()]
     elif isinstance(shape, list) and isinstance(value, list):
         parts = [(each, shape[0], f"{name}[{i}]") for i, each in enumerate(value)]
     elif isinstance(shape, dict | list) or not isinstance(value, shape):
         return name
-    elif isinstance(value, bool) and shape is not bool:
-        return name
+    else:  # True is an int of Python's, and no number
+        return name if isinstance(value, bool) and shape not in (bool, bool | None) else ""
     return next(filter(None, (_misfit(*part) for part in parts)), "")

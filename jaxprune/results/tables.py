@@ -6,7 +6,8 @@ The `text` of the tables is what a sweep prints, and `report` renders the same t
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxprune.config import Arm
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from jaxprune.types import Metric
 else:
     Metric = Any  # `types` imports jax
+
+_Cells = dict[Arm, dict[float, list[Row]]]
+_WIDTH = 100  # of a terminal, in characters
 
 
 class Table(NamedTuple):
@@ -27,16 +31,33 @@ class Table(NamedTuple):
 
 
 def mean_interval(values: Sequence[int | float]) -> tuple[float, float | None]:
-    """Return the mean and half the width of its 95% Student t interval; None for one value."""
+    """Return the mean and half the width of its 95% Student t interval.
+
+    It is None for fewer than three values: that of two is 12.7 times as wide as they are apart.
+    """
     from scipy.special import stdtrit
 
     if (n := len(values)) == 0:
         raise ValueError("mean_interval needs at least one value, got none")
-    mean = math.fsum(values) / n
-    if n == 1:
-        return mean, None
-    variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
-    return mean, float(stdtrit(n - 1, 0.975)) * math.sqrt(variance / n)
+    if n < 3:
+        return statistics.fmean(values), None
+    half = float(stdtrit(n - 1, 0.975)) * statistics.stdev(values) / math.sqrt(n)
+    return statistics.fmean(values), half
+
+
+def spread(
+    values: Sequence[int | float], metric: Metric
+) -> tuple[float, float | None, float | None]:
+    """Return the mean and the ends of its 95% interval, None for fewer than three values.
+
+    A t interval knows no bounds: it is cut where the metric has one.
+    """
+    mean, half = mean_interval(values)
+    if half is None:
+        return mean, None, None
+    low = -math.inf if metric.low is None else metric.low
+    high = math.inf if metric.high is None else metric.high
+    return mean, max(mean - half, low), min(mean + half, high)
 
 
 def last_epoch(rows: Sequence[Row]) -> list[Row]:
@@ -68,6 +89,14 @@ def paired(rows: Sequence[Row], arm: Arm, other: Arm, metric: str) -> dict[float
     return dict(differences)
 
 
+def of_difference(metric: Metric) -> Metric:
+    """Return what holds of a metric's differences: their bounds, and that no guess is known."""
+    if metric.low is None or metric.high is None:
+        return metric._replace(low=None, high=None, chance=None)
+    width = metric.high - metric.low
+    return metric._replace(low=-width, high=width, chance=None)
+
+
 def difference(
     rows: Sequence[Row], arm: Arm, other: Arm, level: int | float, metric: str
 ) -> tuple[float, float | None]:
@@ -81,7 +110,7 @@ def difference(
         metric: the name of one of their metrics.
 
     Returns:
-        The mean of the seeds' differences and half its 95% interval; None for one seed.
+        The mean of the seeds' differences and half its 95% interval; None for fewer than three.
 
     Raises:
         ValueError: no seed has the metric for both arms.
@@ -97,137 +126,120 @@ def tables(rows: Sequence[Row], metrics: Sequence[Metric]) -> list[Table]:
 
     A table is of a protocol, a criterion and a scope, and a line of a level. Of each granularity it
     has the two metrics that are drawn and the weights that remain. Of two seeds both values are
-    given, of more their mean ± half its 95% t interval, or [low, high] where that is cut at the
-    metric's bounds. A dash stands for what is not known.
+    given, of more their mean ± half its 95% t interval (of weights the mean), or [low, high] where
+    that is cut at the metric's bounds. A dash stands for what is not known.
 
     An arm is compared with the first of its granularity, and that with the first of all. Where
     there is one arm of a protocol or one seed, nothing is.
     """
-    rows, shown = last_epoch(rows), drawn_metrics(metrics)
+    rows, shown = sorted(last_epoch(rows), key=lambda row: row.seed), drawn_metrics(metrics)
     places = {metric.name: _places(rows, metric) for metric in shown}
+    cells: _Cells = {}
+    for row in rows:
+        cells.setdefault(row.arm, {}).setdefault(row.target_sparsity, []).append(row)
     found, compared = [], []
-    for protocol in dict.fromkeys(row.protocol for row in rows):
-        arms = list(dict.fromkeys(row.arm for row in rows if row.protocol == protocol))
+    for protocol in dict.fromkeys(arm.protocol for arm in cells):
+        arms = [arm for arm in cells if arm.protocol == protocol]
         for family in dict.fromkeys((arm.criterion, arm.scope) for arm in arms):
-            own = [arm for arm in arms if (arm.criterion, arm.scope) == family]
-            levels, differences = {}, {}
-            for arm in own:
-                here = [row for row in rows if row.arm == arm]
+            own = {arm: cells[arm] for arm in arms if (arm.criterion, arm.scope) == family}
+            by_level, differences = {}, {}
+            for arm, levels in own.items():
                 for metric in shown:
-                    head = arm.granularity, f"{metric.name} {metric.unit}".rstrip()
-                    levels[head] = _cells(here, metric, places[metric.name])
-                levels[arm.granularity, "weights"] = _weights(here)
+                    by_level[arm.granularity, _head(metric)] = {
+                        level: _diverged(here) or _cell(_known(here, metric), metric, places)
+                        for level, here in levels.items()
+                    }
+                by_level[arm.granularity, "weights"] = {k: _weights(levels[k]) for k in levels}
                 first = next(other for other in arms if other.granularity == arm.granularity)
                 base = arms[0] if first == arm else first
                 if base != arm and shown:
+                    metric, pairs = of_difference(shown[0]), paired(rows, arm, base, shown[0].name)
                     head = f"minus {' '.join(a for a, b in zip(base, arm, strict=True) if a != b)}"
-                    pair = [row for row in rows if row.arm in (arm, base)]
-                    differences[arm.granularity, head] = _compared(
-                        pair, arm, base, shown[0], places[shown[0].name]
-                    )
-            title, seeds = ", ".join((protocol, *family)), {row.seed for row in rows}
-            found.append(_table(title, rows, own, levels))
-            if differences and len(seeds) > 1:
-                what = f"{shown[0].name} {shown[0].unit}".rstrip() + ": paired differences, "
-                compared.append(_table(title, rows, own, differences, what))
+                    differences[arm.granularity, head] = {
+                        level: _diverged([*here, *cells[base].get(level, [])])
+                        or _cell(pairs.get(level, []), metric, places, "+")
+                        for level, here in levels.items()
+                    }
+            title = f"{', '.join((protocol, *family))}, epoch {rows[0].epoch}"
+            found.append(_table(title, own, by_level))
+            if differences and len({row.seed for row in rows}) > 1:
+                title += f", {_head(shown[0])}: paired differences"
+                compared.append(_table(title, own, differences))
     return found + compared
 
 
 def text(table: Table) -> str:
-    """Lay out a table for a terminal: the title, the headings and the lines, aligned."""
-    headings = [heading for heading, _ in table.columns]
-    heads = [name if at == headings.index(name) else "" for at, name in enumerate(headings)]
-    cells = [heads, [name for _, name in table.columns], *table.lines]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(map(str.rjust, line, widths)).rstrip() for line in cells]
-    return "\n".join([table.title, *lines])
+    """Lay out a table for a terminal: the title, the headings and the lines, aligned.
+
+    What is too wide goes on below, with the first column again; columns of one heading stay
+    together.
+    """
+    first, *others = zip(*zip(*table.columns, strict=True), *table.lines, strict=True)
+    blocks = [[first]]
+    for _, same in groupby(others, key=lambda column: column[0]):
+        begin, *more = same
+        part = [begin, *(("", *column[1:]) for column in more)]
+        wide = sum(2 + max(map(len, column)) for column in blocks[-1] + part) - 2 > _WIDTH
+        if wide and len(blocks[-1]) > 1:
+            blocks.append([first])
+        blocks[-1] += part
+    laid = []
+    for block in blocks:
+        widths = [max(map(len, column)) for column in block]
+        lines = zip(*block, strict=True)
+        laid.append("\n".join("  ".join(map(str.rjust, line, widths)).rstrip() for line in lines))
+    return f"{table.title}\n" + "\n\n".join(laid)
 
 
 def _table(
-    title: str,
-    rows: Sequence[Row],
-    arms: Sequence[Arm],
-    columns: Mapping[tuple[str, str], Mapping[float, str]],
-    what: str = "",
+    title: str, cells: _Cells, columns: Mapping[tuple[str, str], Mapping[float, str]]
 ) -> Table:
-    """Lay out a line a level, of columns of cells by level."""
-    own = [row for row in rows if row.arm in arms]
-    seeds = len({row.seed for row in own})
+    """Lay out a line a level; `cells` are the rows that all columns are of."""
+    seeds = len({row.seed for levels in cells.values() for rows in levels.values() for row in rows})
     over = {1: "one seed", 2: "both seeds"}
     over = over.get(seeds, f"mean ± 95% interval over {seeds} seeds")
     lines = [
-        [f"{100 * level:.10g}", *(cells.get(level, "-") for cells in columns.values())]
-        for level in sorted({row.target_sparsity for row in own})
+        [f"{100 * level:.10g}", *(column.get(level, "-") for column in columns.values())]
+        for level in sorted({level for levels in cells.values() for level in levels})
     ]
-    title = f"{title}, epoch {rows[0].epoch}, {what}{over}"
-    return Table(title, [("", "pruned %"), *columns], lines)
+    return Table(f"{title}, {over}", [("", "pruned %"), *columns], lines)
 
 
-def _by_level(rows: Sequence[Row], cell: Callable[[list[Row]], str]) -> dict[float, str]:
-    """Return a cell a level; of networks that diverged how many, or a mean would look too good."""
-    by_level: dict[float, list[Row]] = defaultdict(list)
-    for row in rows:
-        by_level[row.target_sparsity].append(row)
-    cells = {}
-    for level, here in by_level.items():
-        gone = sum(row.diverged for row in here)
-        many = "diverged" if gone == len(here) else f"{gone}/{len(here)} diverged"
-        cells[level] = many if gone else cell(here)
-    return cells
+def _head(metric: Metric) -> str:
+    return f"{metric.name} {metric.unit}".rstrip()
 
 
-def _cells(rows: Sequence[Row], metric: Metric, places: int) -> dict[float, str]:
-    def cell(here: list[Row]) -> str:
-        values = [row.metrics.get(metric.name) for row in here]
-        return _interval([value for value in values if value is not None], metric, places)
-
-    return _by_level(rows, cell)
+def _known(rows: Sequence[Row], metric: Metric) -> list[float]:
+    return [value for row in rows if (value := row.metrics.get(metric.name)) is not None]
 
 
-def _weights(rows: Sequence[Row]) -> dict[float, str]:
-    by_level = defaultdict(list)
-    for row in rows:
-        if row.remaining is not None:
-            by_level[row.target_sparsity].append(row.remaining)
-    return {level: f"{statistics.fmean(left):,.0f}" for level, left in by_level.items()}
+def _cell(known: Sequence[float], metric: Metric, places: Mapping[str, int], sign: str = "") -> str:
+    """Return the mean and its interval, or the values of fewer than three, in the unit shown."""
+    scale, digits = 100 if metric.unit == "%" else 1, f".{places[metric.name]}f"
+    if len(known) < 3:
+        return ", ".join(f"{scale * value:{sign}{digits}}" for value in known) or "-"
+    mean, low, high = (scale * value for value in spread(known, metric) if value is not None)
+    if math.isclose(mean - low, high - mean, rel_tol=1e-6, abs_tol=1e-12):
+        return f"{mean:{sign}{digits}} ± {high - mean:{digits}}"
+    return f"{mean:{sign}{digits}} [{low:{digits}}, {high:{digits}}]"
 
 
-def _compared(
-    rows: Sequence[Row], arm: Arm, other: Arm, metric: Metric, places: int
-) -> dict[float, str]:
-    low, high = metric.low, metric.high
-    width = math.inf if low is None or high is None else high - low
-    of_pairs, pairs = metric._replace(low=-width, high=width), paired(rows, arm, other, metric.name)
-
-    def cell(here: list[Row]) -> str:
-        return _interval(pairs.get(here[0].target_sparsity, []), of_pairs, places, "+")
-
-    return _by_level(rows, cell)
+def _weights(rows: Sequence[Row]) -> str:
+    left = [row.remaining for row in rows if row.remaining is not None]
+    shown = [statistics.fmean(left)] if len(left) > 2 else dict.fromkeys(left)
+    return ", ".join(f"{size:,.0f}" for size in shown) or "-"
 
 
-def _interval(known: Sequence[int | float], metric: Metric, places: int, sign: str = "") -> str:
-    """Return the mean, in the unit shown, and how it varies: see `tables`."""
-    if not known:
-        return "-"
-    scale = 100 if metric.unit == "%" else 1
-    values = [scale * value for value in known]
-    mean, half = mean_interval(values)
-    start = f"{mean:{sign}.{places}f}"
-    if half is None:
-        return start
-    if len(values) == 2:
-        return ", ".join(f"{value:{sign}.{places}f}" for value in values)
-    low = -math.inf if metric.low is None else scale * metric.low
-    high = math.inf if metric.high is None else scale * metric.high
-    if low <= mean - half and mean + half <= high:
-        return f"{start} ± {half:.{places}f}"
-    return f"{start} [{max(mean - half, low):.{places}f}, {min(mean + half, high):.{places}f}]"
+def _diverged(rows: Sequence[Row]) -> str:
+    """Say how many diverged: a mean over the others would look too good."""
+    gone = sum(row.diverged for row in rows)
+    return "" if not gone else "diverged" if gone == len(rows) else f"{gone}/{len(rows)} diverged"
 
 
 def _places(rows: Sequence[Row], metric: Metric) -> int:
     """Return the decimals of a metric: 2 of percent, else for three digits of a usual value."""
     if metric.unit == "%":
         return 2
-    sizes = [abs(row.metrics.get(metric.name) or 0) for row in rows]
-    exponent = math.floor(math.log10(statistics.median(filter(None, sizes)))) if any(sizes) else 0
+    sizes = [size for value in _known(rows, metric) if (size := abs(value))]
+    exponent = math.floor(math.log10(statistics.median(sizes))) if sizes else 0
     return min(max(3 - exponent - (exponent < 0), 0), 8)
