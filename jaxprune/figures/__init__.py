@@ -5,13 +5,13 @@ is next: it puts figures and tables on one page.
 """
 
 from jaxprune.figures.costs import crossover, file_sizes, speedups
-from jaxprune.figures.epochs import epoch_training
 from jaxprune.figures.panels import save_figures
 from jaxprune.figures.sweeps import (
     calibration_and_churn,
     describe,
     differences,
     draw_figures,
+    epoch_training,
     k_sparsity,
     weight_vs_unit,
 )
