@@ -113,10 +113,10 @@ def weight_vs_unit(
             zoom_in(metric, here, line[0])
         else:
             mark_guess(metric, *line)
-    for ax, title in zip(axes[0], ("at equal k", "at equal size"), strict=False):
-        ax.set_title(title)
-        if title == "at equal size":
-            ax.invert_xaxis()
+    axes[0, 0].set_title("at equal k")
+    for ax in axes[0, 1:]:
+        ax.set_title("at equal size")
+        ax.invert_xaxis()
     return finish(fig, rows, note, legend_of(rows, colors, drawn))
 
 
