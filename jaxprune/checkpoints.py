@@ -177,6 +177,16 @@ def contents(path: Path) -> dict[str, dict[str, Any]]:
     return json.loads(body)
 
 
+def num_levels(path: Path, name: str) -> int:
+    """Return the length of the levels axis, the first of every leaf, of an item.
+
+    Raises:
+        CorruptCheckpoint: the manifest is missing, cut or changed.
+    """
+    (_, _, shape), *_ = contents(path)[name]["leaves"]
+    return shape[0]
+
+
 def drop(path: Path, name: str) -> None:
     """Delete one item of a checkpoint, if it is there; killed at any moment, the rest is good."""
     entries = contents(path)

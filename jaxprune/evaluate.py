@@ -154,7 +154,7 @@ def check_data(
     Raises:
         ValueError: one line that names the split, and the shapes where these do not fit.
     """
-    apply = networks.as_network(network).apply
+    network = networks.as_network(network)
     for name in splits:
         x, y = getattr(data, name)
         if len(x) != len(y) or not len(y):
@@ -162,9 +162,9 @@ def check_data(
         if jnp.issubdtype(x.dtype, jnp.inexact) and not np.isfinite(x).all():
             raise ValueError(f"{name} x has values that are not finite")
         try:
-            outputs = jax.eval_shape(apply, params, state, x[:2])
+            outputs = jax.eval_shape(network.apply, params, state, x[:2])
         except Exception as error:
-            if not jax.tree.leaves(state) and networks.needs_state(networks.as_network(network)):
+            if not jax.tree.leaves(state) and networks.needs_state(network):
                 raise ValueError("the network has a state: give it, state=...") from error
             raise ValueError(
                 f"the network cannot take {name} x, {x.dtype} {x.shape}: {tasks.reason(error)}"

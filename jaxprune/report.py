@@ -103,7 +103,7 @@ def write_report(run: Run, figures: Mapping[str, Figure] | None, path: Path) -> 
 
 def text(section: Section) -> str:
     """Lay out the paragraphs and tables of a section for a terminal."""
-    paragraphs = [textwrap.fill(text, 100) for text in section.paragraphs]
+    paragraphs = [textwrap.fill(each, 100) for each in section.paragraphs]
     return "\n\n".join([section.heading, *paragraphs, *map(results.text, section.tables)])
 
 

@@ -348,3 +348,10 @@ def test_the_manifest_is_plain_json(path):
     assert len(digest) == 64
     assert json.loads(body)["params"]["leaves"] == [[["hidden_0", "kernel"], "float32", [2, 3]]]
     assert checkpoints.contents(path) == json.loads(body)
+
+
+def test_the_levels_of_an_item(tmp_path):
+    masks = {"a": np.ones((3, 2), bool), "b": np.ones((3,), bool)}
+    checkpoints.save(tmp_path / "0001", masks=masks, one=np.zeros((1, 5)))
+    assert checkpoints.num_levels(tmp_path / "0001", "masks") == 3
+    assert checkpoints.num_levels(tmp_path / "0001", "one") == 1

@@ -14,7 +14,7 @@ import pytest
 import jaxprune as jp
 from jaxprune import results, trees
 from jaxprune.config import NotFinite, Study
-from jaxprune.study import parts
+from jaxprune.study import parts, stages
 from jaxprune.study.programs import Programs
 from jaxprune.study.setup import make_setup
 from jaxprune.train import batch_indices, init_state
@@ -249,10 +249,13 @@ def test_smaller_networks_train_and_score_as_masked_ones():
     [optax.lamb(1e-2), optax.adafactor(1e-2, min_dim_size_to_factor=4)],
     ids=["lamb", "adafactor"],
 )
-def test_an_optimizer_that_is_not_elementwise_trains_masked(optimizer):
+def test_an_optimizer_that_is_not_elementwise_trains_masked(optimizer, monkeypatch):
+    asked, ask = [], stages.elementwise
+    monkeypatch.setattr(stages, "elementwise", lambda *args: asked.append(0) or ask(*args))
     notes, study = [], {"levels": (0.0, 50.0), "epochs": 3, "protocols": ("trained",)}
     rows = sweep(optimizer=optimizer, granularities=("unit",), report=notes.append, **study)
     assert any("units stay, masked" in str(note) for note in notes)
+    assert len(asked) == 1  # of two epochs after which the masks stay
     # The same by weights: it does not fail, and nothing is noted.
     assert len(rows) == 6 and all(row.metrics["loss"] for row in rows)
 

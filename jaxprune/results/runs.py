@@ -218,8 +218,7 @@ class Run:
         if not level:
             return Pruned(params, state, jax.tree.map(lambda w: np.ones(w.shape, bool), params))
         stage, at = stage_name(seed, arm), levels.index(level)
-        saved = checkpoints.contents(self._checkpoint(stage))["masks"]["leaves"]
-        if at >= (n := saved[0][2][0]):  # the first axis of the first leaf's shape
+        if at >= (n := checkpoints.num_levels(self._checkpoint(stage), "masks")):
             raise ValueError(f"{self.path} is not finished: it lacks masks of {arm}")
         masks = _cut(self._load(stage, "masks", _stacked(params_like, n, bool)), at)
         if self.config["settings"].get("recalibrate") and jax.tree.leaves(state):

@@ -14,7 +14,6 @@ import numpy as np
 
 from jaxprune import criteria, trees
 from jaxprune.config import Arm
-from jaxprune.data import Split
 from jaxprune.evaluate import make_score
 from jaxprune.masks import apply_masks, masks_at
 from jaxprune.study.parts import Part
@@ -96,7 +95,7 @@ class Programs:
             The metrics with a levels axis; the predictions where `reference` is None; and the
             seconds without compiling.
         """
-        val, test = (Split(*split) for split in (self._setup.data.val, self._setup.data.test))
+        _, val, test = self._setup.data
         metrics, predictions, seconds = [], None, 0.0
         for part in parts:
             (_, program), (params, state, _) = self._of(part), part.carry

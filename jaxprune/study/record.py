@@ -245,15 +245,15 @@ class Record:
         """
         trained = [arm for arm in self.arms if arm.protocol == "trained"]
         stages = [
-            stage
+            each
             for seed in range(self.config["seeds"])
-            for stage in (
+            for each in (
                 Stage(seed),
                 *(Stage(seed, arm, levels, wave)
                   for arm in trained for wave, levels in enumerate(self.waves)),
             )
         ]  # fmt: skip
-        names = [stage.name for stage in stages]
+        names = [each.name for each in stages]
         whole = [
             path
             for earlier in stages[: names.index(stage.name) + 1]
@@ -291,8 +291,7 @@ class Record:
         """Return of how many levels a checkpoint has masks, unbroken."""
         if not self.holds(stage, epoch, {"masks"}):
             return 0
-        leaves = checkpoints.contents(self._path(stage, epoch))["masks"]["leaves"]
-        return leaves[0][2][0]  # the first axis of the first leaf's shape
+        return checkpoints.num_levels(self._path(stage, epoch), "masks")
 
     def holds(self, stage: Stage, epoch: int, items: set[str]) -> bool:
         """Tell whether a checkpoint has these items, unbroken; a broken one is removed."""

@@ -14,7 +14,7 @@ import optax
 
 from jaxprune import criteria, distribution, structure, tasks, trees
 from jaxprune.config import Arm, Study, sparsity_of_level
-from jaxprune.data import Data
+from jaxprune.data import Data, Split
 from jaxprune.evaluate import check_data
 from jaxprune.granularity import weight
 from jaxprune.masks import warn_of_emptied
@@ -155,7 +155,7 @@ def make_setup(
 
     Args:
         network: what is pruned.
-        data: the splits, as NumPy arrays.
+        data: the splits, as NumPy arrays; plain tuples will do.
         study: the settings.
         task: None for what the targets suggest; see `tasks.default_task`.
         optimizer: None for Adam with step size 1e-3.
@@ -166,6 +166,7 @@ def make_setup(
         ValueError: what does not fit; one line that names it.
         TypeError: likewise.
     """
+    data = Data(*(Split(*split) for split in data))
     task = tasks.resolve(task) if task is not None else tasks.default_task(data.train.y)
     check_data(network, params, state, data, task)
     x = data.train.x[:2]

@@ -206,18 +206,21 @@ def _run_trained(
         masks = keep_all(carry.params)
     parts, updates, failed = [Part(carry, masks)], _updates(running, stage), np.zeros(levels, bool)
     shrinks, first_epoch, sizes = stage.arm.granularity == "unit", running.branch + 1, None
+    masked = False  # whether the levels train on under masks that stay
     if shrinks and max(updates) < (start + 1 - first_epoch) * steps:
-        parts, _ = _smaller(running, record, parts)
+        parts, _ = _smaller(running, record, parts, masked)
+        masked = parts[0].plan is None
     for epoch in range(max(start + 1, first_epoch), setup.study.epochs + 1):
         first = (epoch - first_epoch) * steps
         due = {step - first: n for step, n in updates.items() if 0 <= step - first < steps}
         parts, losses, spent = train_epoch(running, stage, epoch, parts, due, failed, batch)
-        masks = masks if parts[0].plan else parts[0].masks
+        masks = parts[0].masks if parts[0].plan is None else masks
         # After the last update the masks stay, and so do the smaller networks; the widths before
         # are not worth compiling for.
         scored_parts = parts
         if shrinks and max(updates) < first + steps:
-            parts, scored_parts = _smaller(running, record, parts)
+            parts, scored_parts = _smaller(running, record, parts, masked)
+            masked = parts[0].plan is None
         reference = None if predictions is None else jnp.asarray(predictions[epoch - 1])
         scored, _, spent["eval_seconds"] = score(running, scored_parts, reference)
         new = ~np.isfinite(losses + scored["val_loss"]) & ~failed
@@ -243,15 +246,18 @@ def _updates(running: Running, stage: Stage) -> dict[int, Counts]:
     }
 
 
-def _smaller(running: Running, record: Record, parts: list[Part]) -> tuple[list[Part], list[Part]]:
+def _smaller(
+    running: Running, record: Record, parts: list[Part], masked: bool
+) -> tuple[list[Part], list[Part]]:
     """Take pruned units out where masks stay; return the parts to train on, and to score.
 
-    They are the same if the optimizer trains what is left as it does the whole.
+    They are the same if the optimizer trains what is left as it does the whole; that it does not
+    is known where levels are `masked` since an earlier epoch.
     """
     setup, (carry, masks, plan) = running.setup, parts[0]
     if plan is not None:
         return parts, parts
-    if elementwise(carry, masks, setup):
+    if not masked and elementwise(carry, masks, setup):
         return (small := compact(carry, masks, setup)), small
     record.note(
         "the optimizer does not update each weight by itself: units stay, masked, in training"

@@ -82,12 +82,11 @@ def run_sweep(
         [('one_shot', 0.0), ('one_shot', 0.9), ('trained', 0.0), ('trained', 0.9)]
     """
     report = report or lines(partial(print, file=sys.stderr, flush=True))
-    data = Data(*(Split(*split) for split in data))
     if not isinstance(network, Network):
         raise TypeError("network must be a Network: jp.network(init, apply) makes one")
-    check_batch_size(study.batch_size, len(data.train.x))
     params, state = jax.eval_shape(network.init, jax.random.key(0))
     setup = make_setup(network, data, study, task, optimizer, params, state)
+    check_batch_size(study.batch_size, len(setup.data.train.x))
     folder = None if run_dir is None else Path(run_dir)
     identities = _identities(setup, state)
     for note in dict.fromkeys(found.note for found in identities.values() if found.note):
@@ -207,7 +206,6 @@ def prune_curve(
         [(0.0, 1.0), (0.5, 0.5)]
     """
     network, state = as_network(network), {} if state is None else state
-    data = Data(*(Split(*split) for split in data))
     study = dataclasses.replace(study, protocols=("one_shot",))
     setup = make_setup(network, data, study, task, None, params, state)
     running = Running(setup, Programs(setup), Meter(lambda _: None), (study.levels,), setup.arms)
