@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array
 
 from jaxprune import files, trees
 from jaxprune.identity import digest, function_name
@@ -236,19 +236,6 @@ def check_scores(scores: Scores, params: Params, name: str = "scores") -> None:
                 f"criterion {name}: the scores of leaf {path!r} must be real floating point "
                 f"numbers, got {jnp.asarray(score).dtype}"
             )
-
-
-def non_finite(scores: Scores, prunable: Any) -> Bool[Array, " leaves"]:
-    """Tell of each leaf whether it is prunable and has scores that are NaN or infinite; traceable.
-
-    Args:
-        scores: a tree of arrays.
-        prunable: a tree of bools like the scores, or a list of them in flatten order.
-    """
-    leaves = zip(jax.tree.leaves(scores), jax.tree.leaves(prunable), strict=True)
-    return jnp.array(
-        [~jnp.isfinite(score).all() if chosen else False for score, chosen in leaves], bool
-    )
 
 
 def _is(w: Any, kind: Any) -> bool:

@@ -64,23 +64,33 @@ def masks_at(
     trees.check_match("within", within, "scores", scores)
     within = jax.tree.map(lambda mask: jnp.asarray(mask, bool), within)
     alive = granularity.rank(jax.tree.map(_where_scored, within, scores))
-    pieces = jax.tree.map(_dead_first, pieces, alive)
-    masks = granularity.spread(keep_pieces(pieces, counts, granularity), scores)
+    masks = granularity.spread(keep_pieces(pieces, counts, granularity, alive), scores)
     return jax.tree.map(lambda m, w: m & jnp.expand_dims(w, range(m.ndim - w.ndim)), masks, within)
 
 
-def keep_pieces(pieces: Pieces, counts: Counts, granularity: Granularity) -> Pieces:
-    """Return which pieces are kept, bool (*levels, pieces); see `masks_at`."""
+def keep_pieces(
+    pieces: Pieces, counts: Counts, granularity: Granularity, alive: Pieces | None = None
+) -> Pieces:
+    """Return which pieces are kept, bool (*levels, pieces); see `masks_at`.
+
+    Args:
+        pieces: their scores.
+        counts: how many go.
+        granularity: whose pieces they are.
+        alive: a tree like the pieces, not zero where something is left; all others go first.
+    """
     if granularity.within is not None:
         raise ValueError(
             f"granularity {granularity.name!r} has pieces that compete in windows of "
             f"{granularity.within}, which no selection does yet"
         )
     structure = jax.tree.structure(pieces)
+    left = [None] * structure.num_leaves if alive is None else jax.tree.leaves(alive)
+    left = [None if leaf is None else leaf.astype(bool) for leaf in left]
     if jax.tree.structure(counts) == structure:
-        kept = _keep_by_leaf(trees.paths_and_leaves(pieces), jax.tree.leaves(counts))
+        kept = _keep_by_leaf(trees.paths_and_leaves(pieces), jax.tree.leaves(counts), left)
     elif jax.tree.structure(counts) == jax.tree.structure(0):
-        kept = _keep_globally(jax.tree.leaves(pieces), counts)
+        kept = _keep_globally(jax.tree.leaves(pieces), counts, left)
     else:
         raise ValueError(
             f"counts must be one array, or a tree like the pieces, {structure}, got "
@@ -245,14 +255,9 @@ def _where_scored(mask: Array, score: Any) -> Array:
     return mask if jnp.issubdtype(jnp.asarray(score).dtype, jnp.floating) else mask.astype(jnp.int8)
 
 
-def _dead_first(pieces: Array, alive: Array) -> Array:
-    """Rank the pieces of which nothing is left below all others, also below NaN."""
-    lowest = jnp.full_like(pieces, jnp.finfo(pieces.dtype).min)
-    pieces = jnp.where(jnp.isnan(pieces), lowest, pieces)
-    return jnp.where(alive.astype(bool), pieces, -jnp.inf)
-
-
-def _keep_by_leaf(pieces: list[tuple[str, Array]], counts: list[Any]) -> list[Array]:
+def _keep_by_leaf(
+    pieces: list[tuple[str, Array]], counts: list[Any], alive: list[Any]
+) -> list[Array]:
     for (path, x), count in zip(pieces, counts, strict=True):
         _check_count(f"counts of leaf {path!r}", count, x.size)
         if np.shape(count) != np.shape(counts[0]):
@@ -260,23 +265,25 @@ def _keep_by_leaf(pieces: list[tuple[str, Array]], counts: list[Any]) -> list[Ar
                 f"counts of leaf {path!r} have shape {np.shape(count)}, those of {pieces[0][0]!r} "
                 f"{np.shape(counts[0])}: all need the same levels"
             )
-    return [_keep(x, count) for (_, x), count in zip(pieces, counts, strict=True)]
+    return [_keep(x, *of) for (_, x), *of in zip(pieces, counts, alive, strict=True)]
 
 
-def _keep_globally(pieces: list[Array], counts: Any) -> list[Array]:
+def _keep_globally(pieces: list[Array], counts: Any, alive: list[Any]) -> list[Array]:
     sizes = [x.size for x in pieces]
     _check_count("counts", counts, sum(sizes))
     chosen = [x for x in pieces if x.size] or [jnp.zeros(0)]
     dtype = jnp.result_type(*(x.dtype for x in chosen))
-    kept = _keep(jnp.concatenate([x.astype(dtype) for x in chosen]), counts)
+    left = [leaf for leaf in alive if leaf is not None and leaf.size]
+    together = jnp.concatenate([x.astype(dtype) for x in chosen])
+    kept = _keep(together, counts, jnp.concatenate(left) if left else None)
     return jnp.split(kept, np.cumsum(sizes)[:-1], axis=-1) if sizes else []
 
 
-def _keep(pieces: Array, counts: Any) -> Array:
+def _keep(pieces: Array, counts: Any, alive: Array | None) -> Array:
     """Return what is kept of some pieces, (*levels, pieces)."""
     if not pieces.size:
         return jnp.ones((*jnp.shape(counts), 0), bool)
-    kept = select.keep_largest(pieces, jnp.atleast_1d(jnp.asarray(counts, jnp.int32)))
+    kept = select.keep_largest(pieces, jnp.atleast_1d(jnp.asarray(counts, jnp.int32)), alive)
     return kept if jnp.ndim(counts) else kept[0]
 
 

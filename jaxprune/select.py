@@ -13,10 +13,12 @@ from jaxprune.types import Array
 
 _SORT_BELOW = 30_000  # elements; measured on a CPU, below it one int32 sort beats five passes
 _INDEX_BITS = 11
+_FIRST_ALIVE = 1 << 22  # below the bits of -inf, by `_ordered_bits`
+_STRIDE = 40503  # odd, so that the dead take turns in all digits
 
 
 @jax.jit
-def keep_largest(scores: Array, counts: Array) -> Array:
+def keep_largest(scores: Array, counts: Array, alive: Array | None = None) -> Array:
     """Keep all but the `counts` smallest scores; among equal ones the lower index goes first.
 
     Scores are ordered as numbers; -0 equals 0, and NaN is lowest.
@@ -24,6 +26,7 @@ def keep_largest(scores: Array, counts: Array) -> Array:
     Args:
         scores: (n,) real numbers, n at least 1.
         counts: (levels,) int32 in [0, n].
+        alive: (n,) bool; what is not goes before all else, in an order of its own.
 
     Returns:
         (levels, n) bool with exactly `counts` False in each row; rows are nested.
@@ -33,6 +36,12 @@ def keep_largest(scores: Array, counts: Array) -> Array:
         [[True, True, True], [True, False, False]]
     """
     bits = _ordered_bits(scores)
+    if alive is not None:
+        # -inf has higher bits than the dead, NaN gets them. Were all dead one value, the histograms
+        # would add to one cell over and over, and each addition waits for the one before.
+        index = jnp.arange(bits.size, dtype=bits.dtype)
+        dead = (index * _STRIDE) & (_FIRST_ALIVE - 1)
+        bits = jnp.where(alive, jnp.maximum(bits, _FIRST_ALIVE), dead)
     if bits.size < _SORT_BELOW or bits.dtype.itemsize > 4:
         return _by_sort(bits, counts)
     # On a GPU a sort is a fraction of a millisecond, and scattered additions contend.

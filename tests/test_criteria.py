@@ -317,21 +317,3 @@ def test_resolve(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=message) as caught:
             criteria.resolve(spec)
         assert "\n" not in str(caught.value)
-
-
-def test_non_finite():
-    nan, inf = np.nan, np.inf
-    values = {"a": [[0, nan]], "b": [inf, 1], "c": [-inf], "d": [1, -2], "e": [nan], "z": []}
-    scores = {name: jnp.array(value, jnp.bfloat16) for name, value in values.items()}
-    scores["key"] = KEY
-    prunable = [True, True, True, True, False, False, True]
-    expected = [True, True, True, False, False, False, False]
-    for f in (criteria.non_finite, jax.jit(criteria.non_finite, static_argnums=1)):
-        assert f(scores, tuple(prunable)).tolist() == expected
-    assert (
-        criteria.non_finite(scores, dict(zip(scores, prunable, strict=True))).tolist() == expected
-    )
-    assert criteria.non_finite({}, []).shape == (0,)
-    stacked = jnp.array([[1.0, 2.0], [1.0, jnp.nan]])
-    got = jax.vmap(lambda s: criteria.non_finite([s], [True]))(stacked)
-    assert got.tolist() == [[False], [True]]

@@ -199,3 +199,20 @@ def test_more_elements_than_float32_can_count():
     for row, count in zip(keep, counts, strict=True):
         assert not row[:count].any()
         assert row[count:].all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("size", [BELOW, ABOVE])
+@pytest.mark.parametrize("kind", ["normal", "infinite", "not a number", "constant"])
+def test_what_is_not_alive_goes_first_whatever_its_score(kind, size, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        scores = scores_of(kind, size, dtype)
+        alive = np.random.default_rng(1).random(size) < 0.3
+        gone = size - int(alive.sum())
+        counts = np.array([0, 1, gone - 1, gone, gone + 1, (gone + size) // 2, size], np.int32)
+        keep = np.asarray(keep_largest(jnp.asarray(scores), jnp.asarray(counts), alive))
+        np.testing.assert_array_equal(size - keep.sum(1), counts)
+        assert (keep[1:] <= keep[:-1]).all()
+        assert keep[:4, alive].all()
+        within = reference(scores[alive], counts[4:] - gone)
+        np.testing.assert_array_equal(keep[4:, alive], within)

@@ -181,12 +181,13 @@ def check_finite(running: Running, stage: Stage, epoch: int, wrong: np.ndarray) 
         running: the study.
         stage: whose scores they are.
         epoch: likewise.
-        wrong: (leaves,), or (levels, leaves), whether a leaf's scores are not finite.
+        wrong: (leaves,), or (levels, leaves) of pieces, whether scores in one are not finite.
     """
     leaves = np.flatnonzero(wrong.reshape(-1, wrong.shape[-1]).any(axis=0))
     if leaves.size:
         assert stage.arm is not None
-        path, _ = trees.paths_and_leaves(running.setup.params)[leaves[0]]
+        pieces = running.setup.granularities[stage.arm.granularity].cost(running.setup.params)
+        path, _ = trees.paths_and_leaves(pieces)[leaves[0]]
         raise NotFinite(
             f"criterion {stage.arm.criterion} gives scores that are not finite in leaf {path!r} at "
             f"epoch {epoch}, seed {stage.seed} ({stage.arm})"

@@ -12,14 +12,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import criteria, trees
+from jaxprune import trees
 from jaxprune.config import Arm
 from jaxprune.evaluate import make_score
 from jaxprune.masks import apply_masks, masks_at
 from jaxprune.study.parts import Part
 from jaxprune.study.setup import Setup
 from jaxprune.train import make_recalibrate, make_train
-from jaxprune.types import Array, Batch, Counts, Masks, Network, Params, State
+from jaxprune.types import (
+    Array,
+    Batch,
+    Counts,
+    Granularity,
+    Masks,
+    Network,
+    Params,
+    Scores,
+    State,
+)
 
 _EVALUATION_BATCH = 1000
 
@@ -137,7 +147,7 @@ class Programs:
     def select(
         self, arm: Arm, params: Params, state: State, batch: Batch, counts: Counts
     ) -> tuple[Masks, Any]:
-        """Return the masks of all levels of one network, and which leaves' scores are not finite.
+        """Return the masks of all levels of one network, and which pieces' scores are not finite.
 
         Args:
             arm: says criterion and granularity.
@@ -150,8 +160,8 @@ class Programs:
 
         def select(params: Params, state: State, batch: Batch, counts: Counts) -> Any:
             scores = setup.scores(arm.criterion, params, state, batch)
-            masks = masks_at(scores, counts, granularity=setup.granularities[arm.granularity])
-            return masks, criteria.non_finite(scores, setup.flags)
+            granularity = setup.granularities[arm.granularity]
+            return masks_at(scores, counts, granularity=granularity), _wrong(scores, granularity)
 
         program = self._once(("select", *arm[:2]), lambda: self.clock.jit(select))
         return program(params, state, batch, counts)
@@ -167,7 +177,7 @@ class Programs:
             scores = setup.scores(arm.criterion, apply_masks(params, masks), state, batch)
             granularity = setup.granularities[arm.granularity]
             new = masks_at(scores, counts, granularity=granularity, within=masks)
-            return new, criteria.non_finite(scores, setup.flags)
+            return new, _wrong(scores, granularity)
 
         def every(levels: Any, batch: Batch) -> tuple[Masks, Array]:
             at_once = setup.study.levels_at_once
@@ -179,3 +189,9 @@ class Programs:
         if not setup.stepped:
             return program(levels, batch)
         return trees.stack([program(level, batch) for level in trees.unstack(levels)])
+
+
+def _wrong(scores: Scores, granularity: Granularity) -> Array:
+    """Return of each leaf of the pieces whether some scores in it are NaN or infinite."""
+    pieces = jax.tree.leaves(granularity.rank(scores))
+    return jnp.array([~jnp.isfinite(leaf).all() for leaf in pieces], bool)
