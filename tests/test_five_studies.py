@@ -148,27 +148,26 @@ def of(*names):
 
 @pytest.fixture(scope="module")
 def done(request, fashion_mnist, tmp_path_factory, compiled_once):
-    """A run; those with BatchNorm are stopped in the middle, with smaller networks in training."""
+    """A finished run."""
     name, folder = request.param, tmp_path_factory.mktemp(request.param)
     given = GIVEN[name](fashion_mnist, folder)
-
-    def stop(what):
-        if not isinstance(what, str) and (what.arm, what.epoch) == (UNIT, 3):
-            raise KeyboardInterrupt
-
     with pytest.MonkeyPatch.context() as patch:
         if name in ("normed", "dropped"):  # too small for the measurement to be always the same
             patch.setattr(setup, "steps_on_host", lambda *_: name == "normed")
-        if name in ("normed", "resnet"):
-            with pytest.raises(KeyboardInterrupt):
-                sweep(given, folder / "run", stop)
         sweep(given, folder / "run")
         yield Done(given, jp.load_run(folder / "run"))
 
 
+@slow
 @of("normed", "resnet")
-def test_stopped_in_the_middle_it_goes_on_with_the_same_rows(done):
-    assert_same_rows(done.run.rows, sweep(done.given))
+def test_stopped_with_smaller_networks_in_training_it_goes_on_with_the_same_rows(done, tmp_path):
+    def stop(what):
+        if not isinstance(what, str) and (what.arm, what.epoch) == (UNIT, 3):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(done.given, tmp_path / "run", stop)
+    assert_same_rows(done.run.rows, sweep(done.given, tmp_path / "run"))
 
 
 @of(*GIVEN)
@@ -193,6 +192,7 @@ def test_loaded_networks_score_under_masks_as_their_rows_say(done):
 # What each is there for ----------------------------------------------------------------------
 
 
+@slow
 def test_magnitude_and_saliency_are_above_random_on_fashion_mnist(fashion_mnist):
     few = images(fashion_mnist, 4000, 200, 1000, every=1)
     network = NETWORKS["mlp"](Example(few.train.x[:2], 10), hidden_sizes=(64, 32))

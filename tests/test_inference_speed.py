@@ -70,6 +70,7 @@ def test_all_is_measured_and_drawn(
     assert set(figures.draw_costs({"inference": found})) == {"inference-speed", "file-sizes"}
 
 
+@pytest.mark.slow
 def test_a_network_that_differs_stops_the_run(
     small: Data, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,6 +82,7 @@ def test_a_network_that_differs_stops_the_run(
         next(inference_speed.measure_speed(pruned, apply, images, None, [1]))
 
 
+@pytest.mark.slow
 def test_a_run_of_other_networks_or_arms(run_dir: Path) -> None:
     run = load_run(run_dir)
     assert [p.granularity for p in inference_speed.trained(run, [0], [98])] == ["weight", "unit"]
@@ -93,6 +95,7 @@ def test_a_run_of_other_networks_or_arms(run_dir: Path) -> None:
             next(inference_speed.trained(other, [0], [98]))
 
 
+@pytest.mark.slow
 def test_levels_that_the_run_does_not_have_are_named(
     small: Data, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

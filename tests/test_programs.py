@@ -291,7 +291,7 @@ def weight_mask(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
 LIMITS: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
-@settings(max_examples=8, derandomize=True, database=None, **LIMITS)
+@settings(max_examples=4, derandomize=True, database=None, **LIMITS)
 @given(STEPS, st.integers(0, 2**31))
 def test_random_programs(steps: list[Step], seed: int) -> None:
     check_program(steps, seed)

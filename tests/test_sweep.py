@@ -474,7 +474,7 @@ def test_a_run_made_otherwise_is_refused_and_nothing_is_overwritten(
     assert written(run_dir, tmp_path) == before
 
 
-def test_other_settings_of_a_criterion_are_refused(tmp_path):
+def test_other_settings_of_a_criterion_are_refused(tmp_path, compiled_once):
     def by_power(power):
         f = lambda params: jax.tree.map(lambda w: jnp.abs(w) ** power, params)  # noqa: E731
         return jp.criterion(f, name="mine", settings={"power": power})

@@ -158,8 +158,15 @@ def check(
 
 
 # Of each kind one; the others are slow.
-ENOUGH = {"challenge MLP", "MLP, LayerNorm", "LeNet-5", "ResNet-20", "U-Net", "ViT", "Flax scan",
-          "transformer, tied"}  # fmt: skip
+ENOUGH = {
+    "challenge MLP",
+    "MLP, LayerNorm",
+    "LeNet-5",
+    "ResNet-20",
+    "ViT",
+    "Flax scan",
+    "transformer, tied",
+}
 
 
 @pytest.mark.parametrize(
