@@ -185,7 +185,8 @@ def _worth(group: Group, scores: dict[str, Any]) -> Array:
     for m in _producers(group):
         at = np.argsort(m.index, kind="stable")[np.count_nonzero(m.index < 0) :]
         norms = _norms(replicated(scores[m.path]), (m.axis,))
-        parts.append(norms[at.reshape(group.size, -1)])
+        alone = np.array_equal(at, np.arange(norms.size))
+        parts.append(norms[:, None] if alone else norms[at.reshape(group.size, -1)])
     together = jnp.concatenate([part.astype(jnp.result_type(*parts)) for part in parts], axis=1)
     return together[:, 0] if together.shape[1] == 1 else _norms(together, (0,))
 
@@ -213,7 +214,9 @@ def _rounded(pruned: Any, size: int, round_to: int) -> Array:
 def _along(keep: Array, member: Member, ndim: int) -> Any:
     """Return what is kept along an axis of a leaf, in masks of levels and that leaf's axes."""
     values: Any = keep if isinstance(keep, Tracer) else np.asarray(keep)
-    along = values[..., np.maximum(member.index, 0)]
-    along = along | np.broadcast_to(member.index < 0, along.shape)
+    along = values
+    if not np.array_equal(member.index, np.arange(values.shape[-1])):
+        along = values[..., np.maximum(member.index, 0)]
+        along = along | np.broadcast_to(member.index < 0, along.shape)
     ones = [along.shape[-1] if i == member.axis else 1 for i in range(ndim)]
     return along.reshape(*along.shape[:-1], *ones)
