@@ -185,8 +185,8 @@ def _worth(group: Group, scores: dict[str, Any]) -> Array:
     for m in _producers(group):
         at = np.argsort(m.index, kind="stable")[np.count_nonzero(m.index < 0) :]
         norms = _norms(replicated(scores[m.path]), (m.axis,))
-        alone = np.array_equal(at, np.arange(norms.size))
-        parts.append(norms[:, None] if alone else norms[at.reshape(group.size, -1)])
+        norms = norms if np.array_equal(at, np.arange(norms.size)) else norms[at]
+        parts.append(norms.reshape(group.size, -1))
     together = jnp.concatenate([part.astype(jnp.result_type(*parts)) for part in parts], axis=1)
     return together[:, 0] if together.shape[1] == 1 else _norms(together, (0,))
 
