@@ -6,6 +6,7 @@ Usage: python experiments/sweep.py --preset quick
 import argparse
 import dataclasses
 import os
+import signal
 import sys
 import time
 import traceback
@@ -27,6 +28,9 @@ def main() -> None:
     """Read the flags, run the study, and turn what goes wrong into a line and an exit status."""
     for stream in (sys.stdout, sys.stderr):  # where they take ASCII only
         stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
+    # asyncio, by which checkpoints are written, replaces the default one, and may lose a Ctrl-C.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda *args: signal.default_int_handler(*args))
     config = None
     try:
         config = read_flags()
