@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal, Var
 
-from jaxprune.structure.express import bind
+from jaxprune.structure.program import bind
 from jaxprune.types import Apply, Params
 
 _INLINED = frozenset(

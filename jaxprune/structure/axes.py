@@ -1,12 +1,13 @@
 """Axes as products and sums of atoms, and the union-find that makes them agree.
 
-`trace` gives every axis of every intermediate value such an expression. What must shrink together
-ends up in one atom: units are the indices of an atom.
+`program` gives every axis of every intermediate value such an expression, by `rules`, to which this
+module is the algebra. What must shrink together ends up in one atom: units are its indices.
 """
 
 import dataclasses
 import itertools
 import math
+from collections.abc import Iterator, Sequence
 from typing import Union
 
 import numpy as np
@@ -21,6 +22,7 @@ class Atom:
         size: the number of indices.
         bound: what the atom turned out to be, once it is known.
         reason: why none of its indices may be removed; None where they may.
+        settled: whether its program is built: from then on nothing is bound or frozen.
         age: how many were made before. Of two the younger is bound, so that what is traced later,
             such as a derivative, does not change what is known of the program.
     """
@@ -30,6 +32,7 @@ class Atom:
         self.size = size
         self.bound: Axis | None = None
         self.reason = reason
+        self.settled = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +98,32 @@ def atoms(axis: Axis) -> list[Atom]:
 def freeze(axis: Axis, reason: str) -> None:
     """Forbid that any index is removed; the first reason stays."""
     for atom in atoms(axis):
-        atom.reason = atom.reason or reason
+        if not atom.settled:
+            atom.reason = atom.reason or reason
+
+
+def same(*axes: Axis) -> Axis:
+    """Make axes the same, and return it."""
+    for other in axes[1:]:
+        unify(axes[0], other)
+    return axes[0]
+
+
+def joined(axes: Sequence[Axis]) -> Axis:
+    """Return axes laid end to end."""
+    return Sum(tuple(axes))
+
+
+def merged(*axes: Axis) -> Axis:
+    """Return axes merged into one, row-major."""
+    return Product(axes)
+
+
+def settle(axes: Axes) -> Axes:
+    """Return what axes turned out to be, and let nothing change it."""
+    for atom in (atom for axis in axes for atom in atoms(axis)):
+        atom.settled = True
+    return tuple(map(resolve, axes))
 
 
 def unify(a: Axis, b: Axis) -> None:
@@ -107,6 +135,8 @@ def unify(a: Axis, b: Axis) -> None:
         older = isinstance(a, Atom) and isinstance(b, Atom) and a.age < b.age
         atom, other = (a, b) if isinstance(a, Atom) and not older else (b, a)
         assert isinstance(atom, Atom)
+        if atom.settled:
+            raise ValueError("a derivative that is taken later asks for other groups")
         if atom in atoms(other):
             freeze(other, "its axis is made to agree with a part of itself")
             return
@@ -126,25 +156,27 @@ def split(axis: Axis, sizes: tuple[int, ...]) -> Axes:
     return pieces
 
 
-def reshape(axes: Axes, sizes: tuple[int, ...]) -> Axes:
+def reshape(axes: Axes, old: Sequence[int], new: Sequence[int]) -> Axes:
     """Return the axes of a row-major reshape; what does not divide evenly is frozen."""
-    new = tuple(fresh(n) for n in sizes)
-    old_sizes = [size(axis) for axis in axes]
+    found = tuple(map(fresh, new))
+    if 0 in old:
+        for axis in (*axes, *found):
+            freeze(axis, "its array is empty")
+        return found
+    for before, after in runs(old, new):
+        unify(Product(axes[before]), Product(found[after]))
+    return found
+
+
+def runs(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[slice, slice]]:
+    """Yield the shortest runs of old and of new axes of a reshape that hold the same elements."""
     i = j = 0
-    while i < len(axes) or j < len(new):
-        # The shortest runs of old and of new axes that hold the same elements.
+    while i < len(old) or j < len(new):
         first = i, j
-        i, j = min(i + 1, len(axes)), min(j + 1, len(new))
-        while (old := math.prod(old_sizes[first[0] : i])) != (
-            now := math.prod(sizes[first[1] : j])
-        ):
-            i, j = (i + 1, j) if old < now else (i, j + 1)
-            if i > len(axes) or j > len(new):  # an array without elements
-                for axis in (*axes, *new):
-                    freeze(axis, "its array is empty")
-                return new
-        unify(Product(axes[first[0] : i]), Product(new[first[1] : j]))
-    return new
+        i, j = min(i + 1, len(old)), min(j + 1, len(new))
+        while (before := math.prod(old[first[0] : i])) != (now := math.prod(new[first[1] : j])):
+            i, j = (i + 1, j) if before < now else (i, j + 1)
+        yield slice(first[0], i), slice(first[1], j)
 
 
 def units(axis: Axis) -> list[tuple[Atom, np.ndarray]]:

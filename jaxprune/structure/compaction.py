@@ -17,10 +17,11 @@ from jax.core import Tracer
 from jaxprune import trees
 from jaxprune.masks import check_masks
 from jaxprune.structure import axes as ax
-from jaxprune.structure.exact import Facts, nothing, zeros_at
-from jaxprune.structure.express import Keep, constant_atoms, evaluate, kept_shape
+from jaxprune.structure.facts import Facts, nothing, zeros_at
 from jaxprune.structure.fold import fold_constants
-from jaxprune.structure.graph import Program, State, groups_of, trace_program
+from jaxprune.structure.graph import groups_of
+from jaxprune.structure.program import Program, State, constant_atoms, evaluate, trace_program
+from jaxprune.structure.rules.base import Keep, kept_shape
 from jaxprune.types import Apply, Masks, Params
 
 
@@ -38,19 +39,21 @@ class Compaction:
     def __init__(
         self, apply: Apply, params: Params, masks: Masks, x: Any, *, fold: bool, state: State = None
     ):
-        self._masks = [np.array(mask) for mask in _concrete(masks, params)]  # folding writes them
         self._full_apply, self._state = apply, state
         self._tree = jax.tree.structure(params)
         self._programs: dict[Any, tuple[Program, Keep]] = {}
         self._shapes = {path: jnp.shape(leaf) for path, leaf in trees.paths_and_leaves(params)}
         program = trace_program(apply, params, x, state)
+        self._masks = _concrete(masks, params)
         pairs = zip(jax.tree.leaves(params), self._masks, strict=True)
         leaves = [_masked(leaf, mask) for leaf, mask in pairs]
         while True:
             keep, emptied = _removable(program, self._masks)
             facts = _facts(program, self._masks, keep)
-            if not (fold and fold_constants(program, leaves, self._masks, facts, keep)):
+            folded = fold_constants(program, leaves, self._masks, facts, keep) if fold else None
+            if folded is None:
                 break
+            leaves, self._masks = folded
         self._program_kept = program, keep
         self.emptied = [groups_of(program)[atom].name for atom in emptied]
         self._kept = {

@@ -11,9 +11,9 @@ import numpy as np
 from jax.extend.core import Literal
 
 from jaxprune.structure import axes as ax
-from jaxprune.structure.exact import Facts
-from jaxprune.structure.express import Keep
-from jaxprune.structure.graph import Program
+from jaxprune.structure.facts import Facts, Place
+from jaxprune.structure.program import Program
+from jaxprune.structure.rules.base import Keep
 
 
 class _Sum(NamedTuple):
@@ -32,8 +32,8 @@ def fold_constants(
     masks: list[np.ndarray],
     facts: list[Facts],
     keep: Keep,
-) -> bool:
-    """Fold what can be, in place, and tell whether anything was.
+) -> tuple[list[Any], list[np.ndarray]] | None:
+    """Return leaves and masks with what can be folded; None if nothing can.
 
     Args:
         program: the network.
@@ -44,7 +44,7 @@ def fold_constants(
     """
     sums = _sums(program)
     if not sums:
-        return False
+        return None
     gone: Keep = {}
     for leaf, axis, atom, index in program.occurrences():
         if np.ndim(leaves[leaf]) > 1 and atom.reason is None:
@@ -54,7 +54,7 @@ def fold_constants(
             units &= keep.get(atom, np.ones(atom.size, bool))
             gone[atom] = gone.get(atom, units) | units
     if not any(units.any() for units in gone.values()):
-        return False
+        return None
     known = [
         Facts(((np.ones(leaf.size, bool), leaf),)) if np.ndim(leaf) == 1 and leaf.size else fact
         for leaf, fact in zip(leaves, facts, strict=True)
@@ -65,6 +65,9 @@ def fold_constants(
         if not (keep.get(atom, np.ones(atom.size, bool)) & ~gone[atom]).any():
             gone[atom][:] = False  # one would stay, and it must go on to learn as it did
     folded = False
+    leaves, masks = [*leaves], [np.array(mask) for mask in masks]
+    for leaf in {leaf for s in sums.values() for leaf in (s.kernel, s.bias)}:
+        leaves[leaf] = np.array(leaves[leaf])
     for eqn, s in sums.items():
         if eqn not in sites.constants:
             continue
@@ -82,7 +85,7 @@ def fold_constants(
             zero = _positions(axes[0], gone) & (leaves[leaf] == 0) & masks[leaf]
             masks[leaf][zero] = False
             folded |= bool(zero.any())
-    return folded
+    return (leaves, masks) if folded else None
 
 
 def _positions(axis: ax.Axis, gone: Keep) -> np.ndarray:
@@ -93,8 +96,8 @@ def _positions(axis: ax.Axis, gone: Keep) -> np.ndarray:
     return found
 
 
-def _sums(program: Program) -> dict[int, _Sum]:
-    """Return the sums that take a bias, by the id of their equation.
+def _sums(program: Program) -> dict[Place, _Sum]:
+    """Return the sums that take a bias, by the place of their equation.
 
     Kernel and bias must be leaves of no other use, since both are changed.
     """
@@ -134,8 +137,8 @@ def _sums(program: Program) -> dict[int, _Sum]:
                 return None
         return number[x] if once(x) and x in number and x.aval.ndim == 1 else None
 
-    found: dict[int, _Sum] = {}
-    for eqn in eqns:
+    found: dict[Place, _Sum] = {}
+    for number_of, eqn in enumerate(eqns):
         if eqn.primitive.name != "dot_general" or not once(eqn.outvars[0]):
             continue
         sums, batch = eqn.params["dimension_numbers"]
@@ -152,6 +155,6 @@ def _sums(program: Program) -> dict[int, _Sum]:
             rank = eqn.outvars[0].aval.ndim
             bias = bias_of(other, rank - 1 if k == 0 else 0) if rank else None
             if bias is not None:
-                axis = node.of(eqn.invars[k])[sums[k][0]]
-                found[id(eqn)] = _Sum(k, axis, number[kernel], sums[1 - k][0], bias)
+                axis = node.operands[number_of][k][sums[k][0]]
+                found[number_of,] = _Sum(k, axis, number[kernel], sums[1 - k][0], bias)
     return found

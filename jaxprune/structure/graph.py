@@ -5,19 +5,19 @@ units and `compaction` removes them.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr
 
-from jaxprune import trees
 from jaxprune.structure import axes as ax
-from jaxprune.structure.axes import Atom, Axes
-from jaxprune.structure.exact import Facts, Sites, interpret, nothing, zeros_at
-from jaxprune.structure.trace import KERNEL_WINDOW, Node, Uses, follow
+from jaxprune.structure.axes import Atom
+from jaxprune.structure.facts import zeros_at
+from jaxprune.structure.program import Program, State, trace_program
+from jaxprune.structure.rules.products import KERNEL_WINDOW
+from jaxprune.structure.sources import uses_of
 from jaxprune.types import Apply, Params
 
 
@@ -112,89 +112,6 @@ def _table(groups: Sequence[Group]) -> str:
     return "\n".join(f"{a:{widths[0]}}  {b:{widths[1]}}  {c}" for a, b, c in lines)
 
 
-@dataclasses.dataclass
-class Program:
-    """A traced network.
-
-    Attributes:
-        node: the program with its axes.
-        paths: of the leaves of the parameters.
-        leaves: their shapes and dtypes.
-        axes: their axes.
-        inputs: how many further inputs there are.
-        out_tree: the structure of what it returns.
-        uses: what the leaves' axes do.
-    """
-
-    node: Node
-    paths: list[str]
-    leaves: list[jax.ShapeDtypeStruct]
-    axes: list[Axes]
-    inputs: int
-    out_tree: Any
-    uses: Uses
-
-    def interpret(self, leaves: list[Facts], foldable: dict[int, int] | None = None) -> Sites:
-        """Return what is seen at the sites, from what is known of the leaves."""
-        rest: list[Any] = self.node.jaxpr.invars[len(leaves) :]
-        sites = Sites(foldable)
-        interpret(self.node, [*leaves, *(nothing(len(x.aval.shape)) for x in rest)], sites)
-        return sites
-
-    def occurrences(self) -> Iterator[tuple[int, int, Atom, np.ndarray]]:
-        """Yield leaf, axis, atom and the atom's index at each position of the axis."""
-        for leaf, axes in enumerate(self.axes):
-            for i, axis in enumerate(axes):
-                for atom, index in ax.units(axis):
-                    yield leaf, i, atom, index
-
-
-State = Callable[[Any], Any] | None
-"""Of what a network returns, the new values of leaves of the parameters, with their paths."""
-
-
-def trace_program(apply: Apply, params: Params, x: Any, state: State = None) -> Program:
-    """Trace a network and follow its axes."""
-    abstract = jax.eval_shape(lambda *args: args, params, x)
-    closed, shape = jax.make_jaxpr(apply, return_shape=True)(*abstract)
-    paths = [path for path, _ in trees.paths_and_leaves(params)]
-    leaves = jax.tree.leaves(abstract[0])
-    if twice := [path for i, path in enumerate(paths) if path in paths[:i]]:
-        raise ValueError(f"two leaves of params have the path {twice[0]!r}: rename a key with a /")
-    inputs = [tuple(ax.fresh(n) for n in leaf.shape) for leaf in leaves]
-    others = [
-        tuple(ax.fresh(n, "it is an axis of the input") for n in leaf.shape)
-        for leaf in jax.tree.leaves(abstract[1])
-    ]
-    origins = [frozenset([i]) for i in range(len(inputs))] + [frozenset()] * len(others)
-    uses = Uses()
-    closed = ClosedJaxpr(closed.jaxpr, closed.consts)
-    node = follow(closed, [*inputs, *others], origins, uses)
-    out_tree = jax.tree.structure(shape)
-    outputs = jax.tree.unflatten(out_tree, range(len(node.outputs())))
-    carried = {i: path for path, i in trees.paths_and_leaves(state(outputs))} if state else {}
-    for i, (name, axes) in enumerate(zip(_output_names(shape), node.outputs(), strict=True)):
-        if i in carried:
-            for a, b in zip(axes, _leaf_of(carried[i], axes, paths, inputs), strict=True):
-                ax.unify(a, b)
-        for axis in () if i in carried else axes:
-            ax.freeze(axis, f"it reaches the network's output{name}")
-    return Program(node, paths, leaves, inputs, len(others), out_tree, uses)
-
-
-def _output_names(shape: Any) -> list[str]:
-    """Return what tells each result of a network from the others."""
-    return [f" {path!r}" if path else "" for path, _ in trees.paths_and_leaves(shape)]
-
-
-def _leaf_of(path: str, axes: Axes, paths: list[str], inputs: Sequence[Axes]) -> Axes:
-    """Return the axes of the leaf that a result is the new value of."""
-    sizes = tuple(map(ax.size, axes))
-    if path not in paths or tuple(map(ax.size, inputs[paths.index(path)])) != sizes:
-        raise ValueError(f"state has a leaf {path!r} of shape {sizes}, and params has none")
-    return inputs[paths.index(path)]
-
-
 def dependency_graph(apply: Apply, params: Params, x: Any, *, state: State = None) -> Graph:
     """Return which axes of which leaves of a network must shrink together.
 
@@ -221,11 +138,7 @@ def dependency_graph(apply: Apply, params: Params, x: Any, *, state: State = Non
 
 def groups_of(program: Program) -> dict[Atom, Group]:
     """Return the groups of a traced network, in the order of the leaves."""
-    roles: dict[tuple[int, Atom], set[str]] = {}
-    for leaves, axis, role in program.uses.found:
-        for leaf in leaves:
-            for atom in ax.atoms(axis):
-                roles.setdefault((leaf, atom), set()).add(role)
+    roles = _roles(program)
     members: dict[Atom, list[tuple[int, Member]]] = {}
     for leaf, axis, atom, index in program.occurrences():
         role = " and ".join(sorted(roles.get((leaf, atom), ()), reverse=True)) or "with"
@@ -246,6 +159,20 @@ def groups_of(program: Program) -> dict[Atom, Group]:
         )
         for atom in ordered
     }
+
+
+def _roles(program: Program) -> dict[tuple[int, Atom], set[str]]:
+    """Return what a leaf does to the units of an atom: it `produces` or `consumes` them."""
+    closed = ClosedJaxpr(program.node.jaxpr, program.node.consts)
+    roles: dict[tuple[int, Atom], set[str]] = {}
+    for use in uses_of(closed, [len(axes) for axes in program.axes])[0]:
+        for i, axis in enumerate(program.axes[use.leaf]):
+            if i in use.contracted and use.kind == "embedding":
+                continue
+            for atom in ax.atoms(axis):
+                role = "consumes" if i in use.contracted else "produces"
+                roles.setdefault((use.leaf, atom), set()).add(role)
+    return roles
 
 
 def _prove(

@@ -1,6 +1,6 @@
 """The layers of a network: which leaves its products take as weights, and over which axes.
 
-Any `apply(params, x)` comes in, which `origins` follows. `granularity.unit` takes the axes, and
+Any `apply(params, x)` comes in, which `sources` reads. `granularity.unit` takes the axes, and
 whoever prunes the leaves that may be pruned.
 """
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune import trees
-from jaxprune.structure.origins import products
+from jaxprune.structure.sources import uses_of
 from jaxprune.types import Apply, Params
 
 
@@ -62,7 +62,7 @@ def layers(apply: Apply, params: Params, x: Any) -> tuple[Layer, ...]:
     closed = jax.make_jaxpr(apply)(*abstract)
     flat = trees.paths_and_leaves(abstract[0])
     ranks = [leaf.ndim for _, leaf in flat]
-    uses, last = products(closed, ranks)
+    uses, last = uses_of(closed, ranks)
     found = [
         Layer(
             flat[leaf][0],
@@ -72,6 +72,7 @@ def layers(apply: Apply, params: Params, x: Any) -> tuple[Layer, ...]:
             kind != "embedding" and leaf in last,
         )
         for leaf, kind, contracted in uses
+        if kind != "scale"
     ]
     order = {path: i for i, (path, _) in enumerate(flat)}
     return tuple(sorted(found, key=lambda layer: order[layer.path]))

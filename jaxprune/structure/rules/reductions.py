@@ -1,0 +1,145 @@
+"""Primitives that bring positions of an axis together."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.structure.axes import Axes
+from jaxprune.structure.facts import Facts, Known, only
+from jaxprune.structure.rules.base import Call, Rule, unknown_axes, unknown_facts
+
+_MATTERS = "runs over it and a removed unit's value is not neutral"
+_SLIDES = "a window slides over it"
+
+_NEUTRAL: dict[str, Callable[[Any], Any]] = {
+    "sum": lambda dtype: 0,
+    "prod": lambda dtype: 1,
+    "max": lambda dtype: _lowest(dtype),
+    "min": lambda dtype: -_lowest(dtype) if np.issubdtype(dtype, np.inexact) else None,
+    "or": lambda dtype: 0,
+    "xor": lambda dtype: 0,
+    "and": lambda dtype: True if dtype == np.bool_ else -1,
+    "logsumexp": lambda dtype: -np.inf,
+}
+
+
+def _lowest(dtype: Any) -> Any:
+    return -np.inf if jnp.issubdtype(dtype, np.floating) else None
+
+
+def _kind(name: str) -> str:
+    """Return what a primitive does to the positions, such as `sum`."""
+    for prefix in ("reduce_", "cum", "p"):  # psum, over an axis that vmap made
+        if name.startswith(prefix) and name.removeprefix(prefix) in _NEUTRAL:
+            return name.removeprefix(prefix)
+    return name
+
+
+def _reduce(eqn: Any, ins: Sequence[Axes], algebra: Any) -> list[Axes]:
+    axes = eqn.params["axes"]
+    if eqn.params.get("axis_index_groups") or not all(isinstance(i, int) for i in axes):
+        return unknown_axes(eqn, ins, algebra)
+    if eqn.primitive.name.startswith("arg"):
+        for i in axes:
+            algebra.freeze(ins[0][i], f"indexed by {eqn.primitive.name}")
+    return [tuple(axis for i, axis in enumerate(each) if i not in axes) for each in ins]
+
+
+def _reduce_facts(call: Call, ins: Sequence[Facts]) -> list[Facts]:
+    kind, params = _kind(call.name), call.eqn.params
+    named = not all(isinstance(i, int) for i in params["axes"])
+    if kind not in _NEUTRAL or named or params.get("axis_index_groups"):
+        return unknown_facts(call, ins)
+    return [_reduced(call, i, facts, kind) for i, facts in enumerate(ins)]
+
+
+def _reduced(call: Call, operand: int, facts: Facts, kind: str) -> Facts:
+    axes, shape = call.eqn.params["axes"], call.shape(operand)
+    neutral = _NEUTRAL[kind](call.eqn.invars[operand].aval.dtype)
+    for i in axes:
+        call.check(operand, i, facts.equals(i, shape[i], neutral), _MATTERS)
+    # A sum of n zeros is zero whatever n, which pruning may change.
+    keeps = kind in ("max", "min", "and", "or")
+    found = [known if keeps else only(known, neutral)
+             for i, known in enumerate(facts.axes) if i not in axes]  # fmt: skip
+    whole = facts.whole if facts.whole is not None and facts.whole == neutral else None
+    return Facts(tuple(found), whole)
+
+
+def _cumulative(call: Call, ins: Sequence[Facts]) -> list[Facts]:
+    axis = call.eqn.params["axis"]
+    neutral = _NEUTRAL[_kind(call.name)](call.eqn.invars[0].aval.dtype)
+    call.check(0, axis, ins[0].equals(axis, call.shape(0)[axis], neutral), _MATTERS)
+    axes = enumerate(ins[0].axes)
+    return [Facts(tuple(None if i == axis else only(k, neutral) for i, k in axes))]
+
+
+def _window(eqn: Any, ins: Sequence[Axes], algebra: Any) -> list[Axes]:
+    if len(eqn.outvars) != 1:
+        return unknown_axes(eqn, ins, algebra)
+    params, out = eqn.params, []
+    for i, axis in enumerate(ins[0]):
+        untouched = params["window_dimensions"][i] == 1 == params["window_strides"][i]
+        untouched &= tuple(params["padding"][i]) == (0, 0) and params["base_dilation"][i] == 1
+        if not untouched:
+            algebra.freeze(axis, _SLIDES)
+            axis = algebra.fresh(eqn.outvars[0].aval.shape[i], _SLIDES)
+        out.append(axis)
+    return [tuple(out)]
+
+
+def _window_facts(call: Call, ins: Sequence[Facts]) -> list[Facts]:
+    if len(call.eqn.outvars) != 1 or call.name == "reduce_window":
+        return unknown_facts(call, ins)
+    params, adds = call.eqn.params, call.name == "reduce_window_sum"
+    sizes = params["window_dimensions"]
+    dilations = (*params["window_dilation"], *params["base_dilation"])
+    if not adds and (
+        max(dilations, default=1) > 1
+        or any(max(pad) >= n for pad, n in zip(params["padding"], sizes, strict=True))
+    ):
+        return unknown_facts(call, ins)  # a window may lie in the padding alone
+    found: list[Known | None] = []
+    for known, n, m in zip(ins[0].axes, sizes, call.out, strict=True):
+        stays = known is not None and n == 1 and known[0].size == m
+        found.append((only(known, 0) if adds else known) if stays else None)
+    return [Facts(tuple(found))]
+
+
+def _same(eqn: Any, ins: Sequence[Axes], algebra: Any) -> list[Axes]:
+    return [ins[0]]
+
+
+def _fft(eqn: Any, ins: Sequence[Axes], algebra: Any) -> list[Axes]:
+    shape = eqn.outvars[0].aval.shape
+    first = len(shape) - len(eqn.params["fft_lengths"])
+    for axis in ins[0][first:]:
+        algebra.freeze(axis, "transformed by fft")
+    ends = [algebra.fresh(n, "transformed by fft") for n in shape[first:]]
+    return [(*ins[0][:first], *ends)]
+
+
+def _fft_facts(call: Call, ins: Sequence[Facts]) -> list[Facts]:
+    first = len(call.out) - len(call.eqn.params["fft_lengths"])
+    found = [known is not None and known[0] & (known[1] == 0) for known in ins[0].axes[:first]]
+    zero = [None if z is False else (z, np.zeros(z.size, call.dtype)) for z in found]
+    return [Facts((*zero, *[None] * (len(call.out) - first)))]
+
+
+RULES = {
+    **dict.fromkeys(
+        "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor "
+        "argmax argmin psum pmax pmin".split(),
+        Rule(_reduce, _reduce_facts),
+    ),
+    **dict.fromkeys(
+        "cumsum cumprod cummax cummin cumlogsumexp".split(), Rule(_same, _cumulative)
+    ),
+    **dict.fromkeys(
+        "reduce_window reduce_window_sum reduce_window_max reduce_window_min".split(),
+        Rule(_window, _window_facts),
+    ),
+    "fft": Rule(_fft, _fft_facts),
+}
