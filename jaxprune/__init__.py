@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from jaxprune.structure import dependency_graph as dependency_graph
     from jaxprune.structure import group as group
     from jaxprune.structure import group_masks as group_masks
+    from jaxprune.structure import layer_inputs as layer_inputs
     from jaxprune.structure import layers as layers
     from jaxprune.structure import prunable as prunable
     from jaxprune.structure import remaining as remaining
@@ -71,7 +72,8 @@ _MODULES = {
     "results": "load_run",
     "sparse": "compile_sparse load_sparse save_sparse",
     "structure": (
-        "compact compaction dependency_graph group group_masks layers prunable remaining"
+        "compact compaction dependency_graph group group_masks layer_inputs layers prunable "
+        "remaining"
     ),
     "study": "prune_curve run_sweep",
     "tasks": "classification own_loss regression tokens",

@@ -65,7 +65,7 @@ def unit(prunable: Prunable = None, layers: Sequence[Any] | None = None) -> Gran
         >>> unit().rank(kernel)["kernel"].tolist()
         [5.0, 1.0]
     """
-    found = {layer.path: layer for layer in reversed(layers or ()) if layer.kind != "embedding"}
+    found = {layer.path: layer for layer in reversed(layers or ()) if layer.product}
     never = {layer.path for layer in layers or () if layer.last or layer.kind == "embedding"}
 
     def flags(tree: Any) -> list[bool]:

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from compare import check_compact, derivative, masked_by_hand, quietly
+from flax.training.train_state import TrainState
 
 from jaxprune import distribution
 from jaxprune.granularity import unit
@@ -417,8 +418,8 @@ def test_slow_variance_is_not_exact() -> None:
 def test_scores_of_units_by_hand() -> None:
     params = {"hidden": jnp.array([[3.0, 1.0, 2.0], [4.0, 1.0, 2.0]]), "logits": jnp.ones((3, 2))}
     graph = dependency_graph(through(jnp.tanh), params, jnp.ones((2, 2)))
-    masks = group_masks(graph, params, [0, 1 / 3, 0.5, 1])
-    traced = jax.jit(lambda p: group_masks(graph, p, [0, 1 / 3, 0.5, 1]))(params)
+    masks = group_masks(graph, params, [0, 1 / 3, 0.5, 1], min_units=0)
+    traced = jax.jit(lambda p: group_masks(graph, p, [0, 1 / 3, 0.5, 1], min_units=0))(params)
     jax.tree.map(np.testing.assert_array_equal, traced, masks)
     assert masks["hidden"][:, 0].tolist() == [
         [True, True, True], [True, False, True], [True, False, False], [False, False, False]
@@ -584,7 +585,8 @@ def test_all_units_of_a_group_pruned() -> None:
     apply, params = through(jnp.tanh), draw(HIDDEN)
     graph = dependency_graph(apply, params, jnp.ones((2, 5)))
     with pytest.warns(UserWarning, match="every unit of 'hidden' is without effect; one is kept"):
-        small, small_apply = compact(apply, params, group_masks(graph, params, 1), jnp.ones((2, 5)))
+        masks = group_masks(graph, params, 1, min_units=0)
+        small, small_apply = compact(apply, params, masks, jnp.ones((2, 5)))
     assert small["hidden"].shape == (5, 1)
     np.testing.assert_array_equal(small_apply(small, jnp.ones((2, 5))), jnp.zeros((2, 3)))
 
@@ -906,11 +908,12 @@ def test_optimizer_state_of_other_shapes() -> None:
     graph = dependency_graph(case.apply, case.params, inputs(case, 2))
     masks = group_masks(graph, case.params, 0.5)
     plan = compaction(case.apply, case.params, masks, inputs(case, 2))
-    rows = {"rows": {"hidden": np.ones(5)}, "scale": {"hidden": np.ones(1)}, "other": np.ones(9)}
-    with pytest.warns(UserWarning, match=r"as they are: 'rows/hidden' of shape \(5,\), not") as all:
-        left = plan.shrink(rows)
+    tree = {"a": {"hidden": np.ones(7)}, "b": {"hidden": np.ones(1)}, "c": np.ones((5, 8))}
+    expected = r"stay as they are: 'a/hidden' of shape \(7,\); 'c' of shape \(5, 8\)$"
+    with pytest.warns(UserWarning, match=expected) as all:
+        left = plan.shrink(tree | {"d": np.ones(9)})
     assert len(all) == 1
-    jax.tree.map(np.testing.assert_array_equal, left, rows)
+    jax.tree.map(np.testing.assert_array_equal, left, tree | {"d": np.ones(9)})
 
 
 def test_nothing_to_prune() -> None:
@@ -918,3 +921,101 @@ def test_nothing_to_prune() -> None:
     graph = dependency_graph(lambda p, x: x @ p["w"], params, x)
     with pytest.warns(UserWarning, match="no group of the graph can be pruned: print it"):
         assert group_masks(graph, params, [0.5, 0.9])["w"].shape == (2, 5, 3)
+
+
+# Trees that belong to the parameters ---------------------------------------------------------
+
+
+class Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        x = nn.relu(nn.BatchNorm(use_running_average=True)(nn.Conv(8, (3, 3))(x)))
+        return nn.Dense(4)(x.mean((1, 2)))
+
+
+def normed_plan() -> tuple[Any, Any]:
+    x = normal(2, 6, 6, 2)
+    variables = Normed().init(jax.random.key(0), x)
+    masks = group_masks(dependency_graph(Normed().apply, variables, x), variables, 0.5)
+    return variables, compaction(Normed().apply, variables, masks, x, fold=False)
+
+
+def shapes_of(tree: Any) -> list[tuple[int, ...]]:
+    return [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [optax.adam(1e-3), optax.contrib.muon(1e-3), optax.MultiSteps(optax.sgd(0.1, 0.9), 2),
+     optax.adafactor(1e-2, min_dim_size_to_factor=2)],
+    ids=["adam", "muon", "MultiSteps", "adafactor"],
+)  # fmt: skip
+def test_optimizer_state_without_the_prefix_of_the_parameters_shrinks(optimizer: Any) -> None:
+    variables, plan = normed_plan()
+    small, state = plan.params["params"], plan.shrink(optimizer.init(variables["params"]))
+    assert shapes_of(state) == shapes_of(optimizer.init(small))
+    with jax.numpy_dtype_promotion("standard"):
+        optimizer.update(small, state, small)
+
+
+def test_running_statistics_averages_and_train_states_shrink_by_themselves() -> None:
+    variables, plan = normed_plan()
+    small = plan.params
+    assert shapes_of(plan.shrink(variables["batch_stats"])) == shapes_of(small["batch_stats"])
+    for name in ("ema", "gradients"):
+        tree = plan.shrink({name: variables["params"]})
+        assert shapes_of(tree) == shapes_of(small["params"])
+        restored = plan.expand(tree)
+        assert shapes_of(restored) == shapes_of(variables["params"])
+    state = TrainState.create(
+        apply_fn=Normed().apply, params=variables["params"], tx=optax.adam(1e-3)
+    )
+    small_state = TrainState.create(apply_fn=None, params=small["params"], tx=optax.adam(1e-3))
+    assert shapes_of(plan.shrink(state)) == shapes_of(small_state)
+
+
+def test_a_factored_moment_of_a_square_kernel_is_refused_with_both_axes() -> None:
+    def apply(params: Any, x: Any) -> Any:
+        return jnp.tanh(jnp.tanh(x @ params["a"]) @ params["b"]) @ params["c"]
+
+    params = draw({"a": (5, 6), "b": (6, 6), "c": (6, 3)})
+    masks = jax.tree.map(lambda w: jnp.ones(w.shape, bool), params)
+    masks["b"] = masks["b"].at[:, :2].set(False)
+    plan = compaction(apply, params, masks, normal(2, 5))
+    with pytest.raises(
+        ValueError, match=r"leaf 'v_row/b'.*axes \(0,\) of 'b' or axes \(1,\) of 'b'"
+    ):
+        plan.shrink({"v_row": {"b": jnp.ones(6)}})
+
+
+# What group_masks says -----------------------------------------------------------------------
+
+
+def test_groups_of_two_keep_one_unit_and_it_is_said() -> None:
+    params = draw({"hidden": (5, 2), "logits": (2, 3)})
+    graph = dependency_graph(through(jax.nn.relu), params, normal(2, 5))
+    with pytest.warns(UserWarning, match="groups keep 1 of their units, .*: hidden"):
+        masks = group_masks(graph, params, [0.5, 0.8])
+    assert masks["hidden"].any(1).sum(1).tolist() == [1, 1]
+    masks = group_masks(graph, params, 0.8, min_units=0)
+    assert not masks["hidden"].any()
+    with pytest.raises(ValueError, match="min_units must be at least 0, got -1"):
+        group_masks(graph, params, 0.8, min_units=-1)
+
+
+def test_weight_normalisation_is_said_to_divide_by_zero_under_masks() -> None:
+    def apply(params: Any, x: Any) -> Any:
+        kernel = params["v"] / jnp.linalg.norm(params["v"], axis=0)[None] * params["g"][None]
+        return jax.nn.relu(x @ kernel) @ params["out"]
+
+    params, x = draw({"v": (5, 6), "g": (6,), "out": (6, 3)}), normal(2, 5)
+    graph = dependency_graph(apply, params, x)
+    with pytest.warns(UserWarning, match="groups divide by zero where they are masked.*: "):
+        masks = group_masks(graph, params, 0.5)
+    assert not np.isfinite(apply(apply_masks(params, masks), x)).all()
+    small, small_apply = compact(apply, params, masks, x)
+    found = small_apply(small, x)
+    kernel = params["v"] / jnp.linalg.norm(params["v"], axis=0)[None] * params["g"][None]
+    kept = np.asarray(masks["v"]).any(0)
+    expected = jax.nn.relu(x @ kernel[:, kept]) @ params["out"][kept]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)

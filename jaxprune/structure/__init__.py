@@ -13,6 +13,7 @@ from jaxprune.structure.graph import Graph as Graph
 from jaxprune.structure.graph import Group as Group
 from jaxprune.structure.graph import Member as Member
 from jaxprune.structure.graph import dependency_graph as dependency_graph
+from jaxprune.structure.inputs import layer_inputs as layer_inputs
 from jaxprune.structure.layers import Layer as Layer
 from jaxprune.structure.layers import layers as layers
 from jaxprune.structure.layers import prunable as prunable

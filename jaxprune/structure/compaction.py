@@ -5,7 +5,7 @@ and removed; what cannot be proven stays, masked. Training goes on with what com
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.tree_util import keystr
 
 from jaxprune import trees
 from jaxprune.masks import check_masks
@@ -20,6 +21,7 @@ from jaxprune.structure import axes as ax
 from jaxprune.structure.facts import Facts, nothing, zeros_at
 from jaxprune.structure.fold import fold_constants
 from jaxprune.structure.graph import groups_of
+from jaxprune.structure.matching import belonging
 from jaxprune.structure.program import Program, State, constant_atoms, evaluate, trace_program
 from jaxprune.structure.rules.base import Keep, kept_shape
 from jaxprune.types import Apply, Masks, Params
@@ -113,55 +115,69 @@ class Compaction:
     def shrink(self, tree: Any) -> Any:
         """Remove the units from parameters, masks, optimizer state, or whatever contains them.
 
-        A leaf is taken for that of the parameters whose path its own path ends with, the longest
-        such. If it has another shape it stays as it is, with a warning where units are lost; so do
-        all others, without.
+        Leaves match by path suffix and shape: `0/mu/dense/kernel` belongs to `params/dense/kernel`,
+        the longest match wins, and factored moments lack some of the axes. All others stay as they
+        are, with a warning where one has the shape of parameters that lose units.
+
+        Raises:
+            ValueError: a leaf may belong to two parameters, or to two axes of one, that lose
+                different units; names both.
         """
 
-        def cut(path: str, leaf: Any) -> Any:
+        def cut(leaf: Any, full: tuple[int, ...], kept: Sequence[Any]) -> Any:
             found = np.asarray(leaf) if not _is_key(leaf) else leaf
-            for i, kept in enumerate(self._kept[path]):
-                if kept is not None:
-                    found = found.take(np.flatnonzero(kept), axis=i)
+            for i, positions in enumerate(kept):
+                if positions is not None:
+                    found = found.take(np.flatnonzero(positions), axis=i)
             return jnp.asarray(found)
 
         return self._map(cut, tree, self._shapes)
 
     def expand(self, tree: Any) -> Any:
-        """Put the removed units back, as zeros, into what `shrink` gave."""
+        """Put the removed units back, as zeros, into what `shrink` gave; see there."""
 
-        def put(path: str, leaf: Any) -> Any:
-            kept = self._kept[path]
-            if all(k is None for k in kept):
+        def put(leaf: Any, full: tuple[int, ...], kept: Sequence[Any]) -> Any:
+            if all(positions is None for positions in kept):
                 return leaf
-            full = np.zeros(self._shapes[path], jnp.asarray(leaf).dtype)
-            at = [
-                np.arange(n) if k is None else np.flatnonzero(k)
-                for n, k in zip(full.shape, kept, strict=True)
-            ]
-            full[np.ix_(*at)] = np.asarray(leaf)
-            return jnp.asarray(full)
+            found = np.zeros(full, jnp.asarray(leaf).dtype)
+            at = [np.arange(n) if k is None else np.flatnonzero(k)
+                  for n, k in zip(full, kept, strict=True)]  # fmt: skip
+            found[np.ix_(*at)] = np.asarray(leaf)
+            return jnp.asarray(found)
 
         return self._map(put, tree, {path: self._small(path) for path in self._shapes})
 
     def _map(self, f: Any, tree: Any, shapes: dict[str, tuple[int, ...]]) -> Any:
-        """Map a function of path and leaf over the leaves that belong to the parameters."""
+        """Map a function of leaf, full shape and kept positions over what belongs to parameters."""
+        losing = {p: n for p, n in shapes.items() if any(k is not None for k in self._kept[p])}
+        stay = []
 
         def one(path: Any, leaf: Any) -> Any:
-            parts = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-            names = ("/".join(parts[start:]) for start in range(len(parts) + 1))
-            name = next((name for name in names if name in shapes), None)
-            if name is None or jnp.shape(leaf) == shapes[name]:
-                return leaf if name is None else f(name, leaf)
-            if np.size(leaf) > 1 and any(kept is not None for kept in self._kept[name]):
-                others.append(f"{'/'.join(parts)!r} of shape {jnp.shape(leaf)}, not {shapes[name]}")
-            return leaf
+            name, shape = keystr(path, simple=True, separator="/"), jnp.shape(leaf)
+            found: dict[Any, Any] = {}
+            for param, axes in belonging(name, shape, shapes):
+                full = tuple(self._shapes[param][i] for i in axes)
+                kept = [self._kept[param][i] for i in axes]
+                effect = tuple(None if k is None else k.tobytes() for k in kept)
+                found.setdefault((full, effect), (param, axes, full, kept))
+            if len(found) > 1:
+                first, second, *_ = (f"axes {axes} of {p!r}" for p, axes, *_ in found.values())
+                raise ValueError(f"leaf {name!r}, of shape {shape}, may be of {first} or {second}")
+            if not found:
+                named = np.size(leaf) > 1 and any(f"/{name}".endswith(f"/{p}") for p in losing)
+                if named or shape in losing.values():
+                    stay.append(f"{name!r} of shape {shape}")
+                return leaf
+            ((*_, full, kept),) = found.values()
+            return f(leaf, full, kept)
 
-        others: list[str] = []
         mapped = jax.tree.map_with_path(one, tree)
-        if others:
-            message = f"leaves that should lose units stay as they are: {'; '.join(others)}"
-            warnings.warn(message, stacklevel=3)
+        if stay:
+            listed = "; ".join(stay[:8]) + (f" and {len(stay) - 8} more" if stay[8:] else "")
+            warnings.warn(
+                "leaves with the shape or the path of parameters that lose units, but not with "
+                f"both, stay as they are: {listed}", stacklevel=3,
+            )  # fmt: skip
         return mapped
 
     def _small(self, path: str) -> tuple[int, ...]:

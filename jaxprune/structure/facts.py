@@ -50,6 +50,7 @@ class Sites:
     Attributes:
         matter: for every atom whose positions meet somewhere, bool a unit.
         reasons: for every atom of which some unit matters, why.
+        divided: atoms by the values of whose masked units something is divided.
         foldable: for products whose result takes a bias, the operand whose constants can be folded
             into that: there it does not matter.
         constants: what is known of these operands.
@@ -60,6 +61,7 @@ class Sites:
         self.constants: dict[Place, Known] = {}
         self.matter: dict[Atom, np.ndarray] = {}
         self.reasons: dict[Atom, str] = {}
+        self.divided: set[Atom] = set()
 
     def check(self, axis: Axis, neutral: np.ndarray, reason: str) -> None:
         """Record which units cannot be removed.

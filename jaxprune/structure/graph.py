@@ -17,7 +17,7 @@ from jaxprune.structure.axes import Atom
 from jaxprune.structure.facts import zeros_at
 from jaxprune.structure.program import Program, State, trace_program
 from jaxprune.structure.rules.products import KERNEL_WINDOW
-from jaxprune.structure.sources import uses_of
+from jaxprune.structure.sources import read
 from jaxprune.types import Apply, Params
 
 
@@ -60,6 +60,8 @@ class Group:
         masks_consumers: whether a unit is without effect only if the weights that leave it are
             masked too, because its value is not zero when those that enter it are.
         within: the group whose units contain these, as heads contain their dimensions, or None.
+        divides: whether the masked network divides zero by zero where units are masked, as weight
+            normalisation does; the compact one does not.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Group:
     reason: str | None
     masks_consumers: bool
     within: str | None
+    divides: bool = False
 
     @property
     def prunable(self) -> bool:
@@ -145,7 +148,7 @@ def groups_of(program: Program) -> dict[Atom, Group]:
         member = Member(program.paths[leaf], axis, index, role)
         members.setdefault(atom, []).append((leaf, member))
     members = {a: found for a, found in members.items() if a.reason != KERNEL_WINDOW and a.size}
-    reasons, masks_consumers = _prove(program, members)
+    reasons, masks_consumers, divided = _prove(program, members)
     names = _names(members)
     ordered = sorted(members, key=lambda atom: _place(members[atom]))
     return {
@@ -156,6 +159,7 @@ def groups_of(program: Program) -> dict[Atom, Group]:
             reasons.get(atom),
             atom in masks_consumers,
             next((names[a] for a in _outer(atom, members) if a not in reasons), None),
+            atom in divided,
         )
         for atom in ordered
     }
@@ -165,9 +169,9 @@ def _roles(program: Program) -> dict[tuple[int, Atom], set[str]]:
     """Return what a leaf does to the units of an atom: it `produces` or `consumes` them."""
     closed = ClosedJaxpr(program.node.jaxpr, program.node.consts)
     roles: dict[tuple[int, Atom], set[str]] = {}
-    for use in uses_of(closed, [len(axes) for axes in program.axes])[0]:
+    for use in read(closed, [len(axes) for axes in program.axes]).uses:
         for i, axis in enumerate(program.axes[use.leaf]):
-            if i in use.contracted and use.kind == "embedding":
+            if use.of is not None or (i in use.contracted and use.kind == "embedding"):
                 continue
             for atom in ax.atoms(axis):
                 role = "consumes" if i in use.contracted else "produces"
@@ -177,8 +181,8 @@ def _roles(program: Program) -> dict[tuple[int, Atom], set[str]]:
 
 def _prove(
     program: Program, members: dict[Atom, list[tuple[int, Member]]]
-) -> tuple[dict[Atom, str], set[Atom]]:
-    """Return why units of an atom cannot be removed, and of which consumers must be masked.
+) -> tuple[dict[Atom, str], set[Atom], set[Atom]]:
+    """Return why units cannot be removed, of which consumers must be masked, and which divide.
 
     Every other unit of every atom is taken to be masked, and then the others: in all members but
     the consumers, and then, where that does not do, in those too.
@@ -189,8 +193,11 @@ def _prove(
             reasons.setdefault(atom, "no leaf produces it")
     free = [atom for atom in members if atom not in reasons]
 
+    divided: set[Atom] = set()
+
     def failing(masks_consumers: set[Atom]) -> dict[Atom, str]:
         found: dict[Atom, str] = {}
+        divided.clear()
         for first in (0, 1):
             zero = [[np.zeros(n, bool) for n in leaf.shape] for leaf in program.leaves]
             for atom in free:
@@ -200,13 +207,14 @@ def _prove(
                         zero[leaf][m.axis] |= (m.index >= 0) & (m.index % 2 == first)
             facts = [zeros_at(z, leaf.dtype) for z, leaf in zip(zero, program.leaves, strict=True)]
             sites = program.interpret(facts)
+            divided.update(sites.divided)
             for atom in free:
                 if sites.matter.get(atom, np.ones(atom.size, bool))[first::2].any():
                     found.setdefault(atom, sites.reasons.get(atom, "nothing takes it in"))
         return found
 
     masks_consumers = set(failing(set()))
-    return reasons | failing(masks_consumers), masks_consumers
+    return reasons | failing(masks_consumers), masks_consumers, divided
 
 
 def _first(found: list[tuple[int, Member]]) -> tuple[int, Member]:

@@ -4,27 +4,36 @@ Any `apply(params, x)` comes in, which `sources` reads. `granularity.unit` takes
 whoever prunes the leaves that may be pruned.
 """
 
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxprune import trees
-from jaxprune.structure.sources import uses_of
+from jaxprune.structure.program import trace
+from jaxprune.structure.sources import Use, read
 from jaxprune.types import Apply, Params
 
 
 class Layer(NamedTuple):
-    """A leaf that a product takes as its weights.
+    """How a leaf is used.
 
     Attributes:
         path: of the leaf.
-        kind: `dense`, `convolution`, or `embedding` where the leaf is looked up by indices.
+        kind: `dense` or `convolution`, the weights of a product; `embedding`, looked up by indices;
+            `factor`, one of several that weights are made of, without inputs of its own; `bias`,
+            added to a value; `scale`, multiplied with it.
         contracted: the axes of the leaf that are summed over, or indexed: inputs, and the window
             of a convolution.
         outputs: all others. Those of stacked layers and of experts are among them, as each has
             units of its own.
         last: whether the result reaches the network's output with no product of another leaf after.
+        batched: the axes of which each index has inputs of its own, as experts and heads have.
+        window: the axes of a convolution's window.
+        strides: of a convolution.
+        groups: of its features.
+        of: of a bias or scale, the paths of the weights of the product that it comes after.
     """
 
     path: str
@@ -32,10 +41,20 @@ class Layer(NamedTuple):
     contracted: tuple[int, ...]
     outputs: tuple[int, ...]
     last: bool
+    batched: tuple[int, ...] = ()
+    window: tuple[int, ...] = ()
+    strides: tuple[int, ...] = ()
+    groups: int = 1
+    of: tuple[str, ...] = ()
+
+    @property
+    def product(self) -> bool:
+        """Whether it is the weights of a product."""
+        return self.kind in ("dense", "convolution")
 
 
 def layers(apply: Apply, params: Params, x: Any) -> tuple[Layer, ...]:
-    """Return which leaves are weights of products, read off the traced program.
+    """Return how every leaf is used, read off the traced program.
 
     A leaf may be transposed, cast, reshaped, masked or scaled before, or be one of several that
     the weights are made of, as of low rank. A leaf that is used in several ways has several layers.
@@ -58,24 +77,21 @@ def layers(apply: Apply, params: Params, x: Any) -> tuple[Layer, ...]:
         ... ]
         [('hidden', (1,), False), ('logits', (1,), True)]
     """
-    abstract = jax.eval_shape(lambda *args: args, params, x)
-    closed = jax.make_jaxpr(apply)(*abstract)
+    closed, abstract, _ = trace(apply, params, x)
     flat = trees.paths_and_leaves(abstract[0])
-    ranks = [leaf.ndim for _, leaf in flat]
-    uses, last = uses_of(closed, ranks)
-    found = [
-        Layer(
-            flat[leaf][0],
-            kind,
-            contracted,
-            tuple(axis for axis in range(ranks[leaf]) if axis not in contracted),
-            kind != "embedding" and leaf in last,
-        )
-        for leaf, kind, contracted in uses
-        if kind != "scale"
-    ]
+    found = read(closed, [leaf.ndim for _, leaf in flat])
+    named = [layer_of(use, flat, found.last) for use in found.uses]
     order = {path: i for i, (path, _) in enumerate(flat)}
-    return tuple(sorted(found, key=lambda layer: order[layer.path]))
+    return tuple(sorted(named, key=lambda layer: order[layer.path]))
+
+
+def layer_of(use: Use, leaves: Sequence[tuple[str, Any]], last: Collection[int]) -> Layer:
+    """Return a use by name; `leaves` are all paths and leaves, `last` the leaves of last ones."""
+    path, leaf = leaves[use.leaf]
+    others = tuple(axis for axis in range(leaf.ndim) if axis not in use.contracted)
+    of = tuple(leaves[n][0] for n in use.of or ())
+    found = Layer(path, use.kind, use.contracted, others, False, *use[3:-1], of)
+    return found._replace(last=found.product and use.leaf in last)
 
 
 def prunable(apply: Apply, params: Params, x: Any) -> Any:
@@ -101,7 +117,7 @@ def prunable(apply: Apply, params: Params, x: Any) -> Any:
     """
     found = layers(apply, params, x)
     never = {layer.path for layer in found if layer.last or layer.kind == "embedding"}
-    chosen = {layer.path for layer in found} - never
+    chosen = {layer.path for layer in found if layer.product} - never
     abstract = jax.eval_shape(lambda tree: tree, params)
     flags = [
         path in chosen and leaf.ndim >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)

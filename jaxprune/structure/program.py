@@ -234,10 +234,26 @@ State = Callable[[Any], Any] | None
 """Of what a network returns, the new values of leaves of the parameters, with their paths."""
 
 
-def trace_program(apply: Apply, params: Params, x: Any, state: State = None) -> Program:
-    """Trace a network and follow its axes."""
+def trace(apply: Apply, params: Params, x: Any) -> tuple[ClosedJaxpr, Any, Any]:
+    """Return a network as equations, the shapes of its arguments, and those of its results.
+
+    Raises:
+        TypeError: a leaf of `params` is no array, as the functions in an Equinox module are.
+    """
+    for path, leaf in trees.paths_and_leaves(params):
+        if callable(leaf) or isinstance(leaf, str):
+            raise TypeError(
+                f"leaf {path!r} of params is no array, but {leaf!r:.60}; of an Equinox module take "
+                "eqx.partition(model, eqx.is_array), and eqx.combine within apply"
+            )
     abstract = jax.eval_shape(lambda *args: args, params, x)
     closed, shape = jax.make_jaxpr(apply, return_shape=True)(*abstract)
+    return ClosedJaxpr(closed.jaxpr, closed.consts), abstract, shape
+
+
+def trace_program(apply: Apply, params: Params, x: Any, state: State = None) -> Program:
+    """Trace a network and follow its axes."""
+    closed, abstract, shape = trace(apply, params, x)
     paths = [path for path, _ in trees.paths_and_leaves(params)]
     leaves = jax.tree.leaves(abstract[0])
     if twice := [path for i, path in enumerate(paths) if path in paths[:i]]:
@@ -245,7 +261,7 @@ def trace_program(apply: Apply, params: Params, x: Any, state: State = None) -> 
     inputs = [_fresh(leaf.shape) for leaf in leaves]
     others = [_fresh(leaf.shape, "it is an axis of the input")
               for leaf in jax.tree.leaves(abstract[1])]  # fmt: skip
-    node = follow(ClosedJaxpr(closed.jaxpr, closed.consts), [*inputs, *others])
+    node = follow(closed, [*inputs, *others])
     out_tree = jax.tree.structure(shape)
     outputs = jax.tree.unflatten(out_tree, range(len(node.outputs)))
     carried = {i: path for path, i in trees.paths_and_leaves(state(outputs))} if state else {}

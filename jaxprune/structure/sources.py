@@ -13,6 +13,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
 from jaxprune.structure.axes import runs
+from jaxprune.structure.facts import Place
 from jaxprune.structure.program import walk
 from jaxprune.structure.rules import RULES
 from jaxprune.structure.rules.calls import called, closed_call, scan_sizes
@@ -24,18 +25,49 @@ _NOTHING: Axis = frozenset()
 
 
 class Use(NamedTuple):
-    """How a leaf is used: by number, a kind as of `layers.Layer`, and the axes summed over."""
+    """How a leaf is used; see `layers.Layer`. Leaves are told by number."""
 
     leaf: int
     kind: str
-    contracted: tuple[int, ...]
+    contracted: tuple[int, ...] = ()
+    batched: tuple[int, ...] = ()
+    window: tuple[int, ...] = ()
+    strides: tuple[int, ...] = ()
+    groups: int = 1
+    of: tuple[int, ...] | None = None  # None of weights
 
 
-def uses_of(closed: ClosedJaxpr, ranks: Sequence[int]) -> tuple[list[Use], set[int]]:
-    """Return how leaves are used in products, and the leaves of the last products.
+class Product(NamedTuple):
+    """A product with weights, at a place of a program.
 
-    A product is last if its result reaches an output with no product of another leaf after it. Of
-    those, one is dropped that another is computed from, unless both are in one loop.
+    Attributes:
+        operand: the number of the operand that depends on the inputs.
+        orders: of each use of a leaf there the axes of the other operand that are summed over, in
+            the order that they have in the leaf.
+    """
+
+    operand: int
+    orders: dict[Use, tuple[int, ...]]
+
+
+class Reading(NamedTuple):
+    """What was found in a program.
+
+    Attributes:
+        uses: of leaves, in order.
+        last: the leaves of the products whose result reaches an output with no product of another
+            leaf after it. Of those, one is left out that another is computed from, unless both are
+            in one loop.
+        products: with weights, by place.
+    """
+
+    uses: list[Use]
+    last: set[int]
+    products: dict[Place, Product]
+
+
+def read(closed: ClosedJaxpr, ranks: Sequence[int]) -> Reading:
+    """Return how leaves are used.
 
     Args:
         closed: the program; its first arguments are the leaves.
@@ -56,7 +88,8 @@ def uses_of(closed: ClosedJaxpr, ranks: Sequence[int]) -> tuple[list[Use], set[i
         for key, axes in reader.lookups.items()
         if key not in reader.experts
     ]
-    return [*reader.uses, *dict.fromkeys(embeddings)], {*near} - after
+    uses = [*reader.uses, *dict.fromkeys(embeddings)]
+    return Reading(uses, {*near} - after, reader.products)
 
 
 class _Algebra:
@@ -123,12 +156,14 @@ class _Value(NamedTuple):
         data: whether it depends on the inputs.
         near: the leaves of the products that it is computed from with no other in between.
         before: the leaves of all products that it is computed from.
+        product: those of the product that it is, up to its shape, biases and scales.
     """
 
     weights: _Weights | None
     data: bool = True
     near: frozenset[int] = frozenset()
     before: frozenset[int] = frozenset()
+    product: frozenset[int] = frozenset()
 
     @property
     def made(self) -> bool:
@@ -180,21 +215,29 @@ class _Reader:
         lookups: by leaf and equation, the axes that are indexed.
         experts: the lookups that choose the weights of a product.
         before: for every leaf of a product the leaves of the products before it.
+        products: by place.
+        at: the place that is read.
     """
 
     uses: dict[Use, None] = dataclasses.field(default_factory=dict)
     lookups: dict[tuple[int, int], tuple[int, ...]] = dataclasses.field(default_factory=dict)
     experts: frozenset[tuple[int, int]] = frozenset()
     before: dict[int, frozenset[int]] = dataclasses.field(default_factory=dict)
+    products: dict[Place, Product] = dataclasses.field(default_factory=dict)
+    at: Place = ()
 
     def run(self, closed: ClosedJaxpr, inputs: Sequence[_Value]) -> list[_Value]:
         """Return what is known of the results of a program."""
+        at = self.at
 
-        def step(_: int, eqn: Any, ins: list[_Value]) -> list[_Value]:
+        def step(i: int, eqn: Any, ins: list[_Value]) -> list[_Value]:
+            self.at = (*at, i)
             return _RULES.get(eqn.primitive.name, _plain)(self, eqn, ins)
 
         constants = [_constant(x.aval) for x in closed.jaxpr.constvars]
-        return walk(closed.jaxpr, constants, inputs, step, _constant)
+        outs = walk(closed.jaxpr, constants, inputs, step, _constant)
+        self.at = at
+        return outs
 
     def until_settled(
         self, carry: Sequence[_Value], step: Callable[[Sequence[_Value]], list[_Value]]
@@ -216,25 +259,42 @@ class _Reader:
                 ]
             now = after
 
-    def multiply(
-        self, value: _Value, kind: str, sums: Sequence[int], ins: Sequence[_Value]
-    ) -> _Value:
-        """Note a product with weights, and return its result."""
-        weights = value.weights
+    def multiply(self, eqn: Any, k: int, ins: Sequence[_Value]) -> _Value:
+        """Note a product of which operand `k` is weights, and return its result."""
+        weights = ins[k].weights
         assert weights is not None
-        contracted = _union([weights.axes[i] for i in sums])
-        noted = set()
+        kind, sums, batch, window = _numbers(eqn)
+        options: dict[str, Any] = {}
+        if kind == "convolution":
+            options = {
+                name: eqn.params[old]
+                for name, old in (("strides", "window_strides"), ("groups", "feature_group_count"))
+            }
+        orders: dict[Use, tuple[int, ...]] = {}
+
+        def among(leaf: int, dims: Sequence[int]) -> tuple[int, ...]:
+            found = _union([weights.axes[i] for i in dims])
+            return tuple(sorted(axis for number, axis in found if number == leaf))
+
         for leaf in sorted(weights.leaves):
-            axes = {axis for number, axis in contracted if number == leaf}
-            axes = axes or {axis for number, axis in weights.inner if number == leaf}
-            self.uses[Use(leaf, kind if axes else "scale", tuple(sorted(axes)))] = None
-            noted |= {leaf} if axes else set()
+            axes = among(leaf, sums[k])
+            inner = tuple(sorted(axis for number, axis in weights.inner if number == leaf))
+            if not (axes or inner):
+                self.uses[Use(leaf, "factor")] = None
+                continue
+            use = Use(leaf, kind, axes or inner, among(leaf, batch[k]), among(leaf, window),
+                      **options)  # fmt: skip
+            self.uses[use] = None
+            if axes:
+                orders[use] = tuple(sorted(sums[k], key=lambda i: (among(leaf, [i]), i)))  # noqa: B023
+        self.products[self.at] = Product(1 - k, orders)
         self.experts |= weights.lookups
+        noted = {use.leaf for use in self.uses if use.leaf in weights.leaves and use.contracted}
         near = frozenset(noted) or weights.leaves
         before = _union([v.before for v in ins])
         for leaf in near:
             self.before[leaf] = self.before.get(leaf, frozenset()) | before
-        return _Value(None, near=near, before=before | near)
+        return _Value(None, near=near, before=before | near, product=near)
 
 
 def _plain(reader: _Reader, eqn: Any, ins: list[_Value]) -> list[_Value]:
@@ -243,11 +303,32 @@ def _plain(reader: _Reader, eqn: Any, ins: list[_Value]) -> list[_Value]:
         return reader.run(inner, ins)
     merged = _after(ins)
     operands = [v for v, x in zip(ins, eqn.invars, strict=True) if not isinstance(x, Literal)]
+    if merged.data:
+        merged = _note_bias(reader, eqn.primitive.name, merged, operands)
     parts = [value.weights for value in ins if value.weights is not None]
     if len(parts) < len(ins) or (merged.data and len(operands) > 1):
         return [merged] * len(eqn.outvars)
     axes = _axes_of(eqn, [part.axes for part in parts])
     return [merged._replace(weights=_made_of(parts, each)) for each in axes]
+
+
+def _note_bias(
+    reader: _Reader, name: str, merged: _Value, operands: Sequence[_Value]
+) -> _Value:  # fmt: skip
+    """Note leaves that are added to a value, or that scale it, and keep what it is of."""
+    data = [value for value in operands if value.data]
+    if len(data) != 1:
+        return merged
+    kind = {"add": "bias", "sub": "bias", "mul": "scale", "div": "scale"}.get(name)
+    for value in (value for value in operands if kind and value.made):
+        assert value.weights is not None
+        of = tuple(sorted(data[0].product))
+        reader.uses |= {Use(n, kind or "", of=of): None for n in sorted(value.weights.leaves)}
+    stays = kind or name in _SHAPES
+    return merged._replace(product=data[0].product) if stays else merged
+
+
+_SHAPES = frozenset("reshape transpose squeeze broadcast_in_dim convert_element_type neg".split())
 
 
 def _axes_of(eqn: Any, ins: Sequence[tuple[Axis, ...]]) -> Sequence[tuple[Axis, ...]]:
@@ -264,17 +345,18 @@ def _axes_of(eqn: Any, ins: Sequence[tuple[Axis, ...]]) -> Sequence[tuple[Axis, 
 
 def _product(reader: _Reader, eqn: Any, ins: list[_Value]) -> list[_Value]:
     """Do a product: of weights and data, of weights that make others, or of data."""
-    kind, sums = _sums(eqn)
+    _, sums, *_ = _numbers(eqn)
     made = [k for k in (0, 1) if ins[k].made and sums[k]]
     if len(made) == 1 and ins[1 - made[0]].data:
-        return [reader.multiply(ins[made[0]], kind, sums[made[0]], ins)]
+        return [reader.multiply(eqn, made[0], ins)]
     chosen = [k for k in (0, 1) if ins[k].data and _chosen_weights(ins[k].weights, sums[k])]
     if len(chosen) == 1 and ins[1 - chosen[0]].data:
-        return [reader.multiply(ins[chosen[0]], kind, sums[chosen[0]], ins)]
+        return [reader.multiply(eqn, chosen[0], ins)]
     found = _after(ins)
     if found.data:
         for value in (value for value in ins if value.made):  # an outer product
-            reader.uses |= {Use(leaf, "scale", ()): None for leaf in sorted(value.weights.leaves)}
+            assert value.weights is not None
+            reader.uses |= {Use(leaf, "factor"): None for leaf in sorted(value.weights.leaves)}
         return [found]
     parts = [value.weights for value in ins if value.weights is not None]
     inner = _union([part.axes[i] for part, at in zip(parts, sums, strict=False) for i in at])
@@ -283,15 +365,18 @@ def _product(reader: _Reader, eqn: Any, ins: list[_Value]) -> list[_Value]:
     return [found._replace(weights=made._replace(inner=made.inner | inner))]
 
 
-def _sums(eqn: Any) -> tuple[str, tuple[Sequence[int], Sequence[int]]]:
-    """Return the kind of a product, and the axes of both operands that are summed over."""
+_Both = tuple[Sequence[int], Sequence[int]]
+
+
+def _numbers(eqn: Any) -> tuple[str, _Both, _Both, Sequence[int]]:
+    """Return the kind of a product, the axes summed over and batched, and a kernel's window."""
     if eqn.primitive.name == "conv_general_dilated":
-        outputs, *others = eqn.params["dimension_numbers"].rhs_spec
-        return "convolution", ((), others)
+        _, inputs, *window = eqn.params["dimension_numbers"].rhs_spec
+        return "convolution", ((), (inputs, *window)), ((), ()), window
     numbers = eqn.params.get("dimension_numbers")
     if numbers is None:  # of rows that are sorted by experts
         numbers = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
-    return "dense", numbers[0]
+    return "dense", *numbers, ()
 
 
 def _chosen_weights(weights: _Weights | None, sums: Sequence[int]) -> bool:

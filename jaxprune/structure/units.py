@@ -29,6 +29,7 @@ def group_masks(
     *,
     scope: str = "group",
     round_to: int = 1,
+    min_units: int = 1,
     scores: Scores | None = None,
     prunable: Callable[[Group], bool] | None = None,
 ) -> Masks:
@@ -44,6 +45,8 @@ def group_masks(
         scope: `group`: units compete within their group; `global`: with all others, nothing
             normalised, ties in the order of the groups.
         round_to: the kept units of a group are a multiple of it, or all; rounded up.
+        min_units: of every group so many are kept, with a warning where that is more than asked;
+            0 lets a group go whole.
         scores: a tree like `params`, higher is more important; by default `magnitude`.
         prunable: which groups take part; by default all that are prunable and lie within no other.
 
@@ -52,7 +55,8 @@ def group_masks(
 
     Raises:
         ValueError: a tree that the graph was not made of, a sparsity outside [0, 1], an unknown
-            scope, a `round_to` below 1, or a selected group that cannot be pruned.
+            scope, a `round_to` below 1, a negative `min_units`, or a selected group that cannot be
+            pruned.
 
     Example:
         >>> def apply(params, x):
@@ -65,6 +69,8 @@ def group_masks(
     check_choice("scope", scope, ("group", "global"))
     if round_to < 1:
         raise ValueError(f"round_to must be at least 1, got {round_to}")
+    if min_units < 0:
+        raise ValueError(f"min_units must be at least 0, got {min_units}")
     check_tree(graph, params)
     scores = params if scores is None else scores  # of which the norm is that of `magnitude`
     trees.check_match("scores", scores, "params", params)
@@ -80,8 +86,23 @@ def group_masks(
         kept = keep_pieces(granularity.rank(scores), pruned, granularity)
         pruned = jax.tree.map(lambda units: jnp.sum(~units, -1, dtype=jnp.int32), kept)
     sizes = jax.tree.map(np.size, granularity.cost(params))
-    pruned = jax.tree.map(lambda n, size: _rounded(n, size, round_to), pruned, sizes)
+    most = {name: max(size - min_units, 0) for name, size in sizes.items()}
+    held = [name for name, n in pruned.items()
+            if not isinstance(n, Tracer) and np.max(n, initial=0) > most[name]]  # fmt: skip
+    _warn(held, f"keep {min_units} of their units, more than is asked for")
+    divides = [group.name for group in groups if group.divides]
+    _warn(divides, "divide by zero where they are masked: use `compact`, which does not")
+    pruned = type(pruned)(
+        (name, _rounded(jnp.minimum(jnp.asarray(n), most[name]), sizes[name], round_to))
+        for name, n in pruned.items()
+    )
     return masks_at(scores, pruned, granularity=granularity)
+
+
+def _warn(names: Sequence[str], what: str) -> None:
+    if names:
+        listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if names[8:] else "")
+        warnings.warn(f"groups {what}: {listed}", stacklevel=3)
 
 
 def group(graph: Graph, prunable: Prunable = None) -> Granularity:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxprune.structure import axes as ax
 from jaxprune.structure.axes import Axes
 from jaxprune.structure.facts import Facts, Known, common, nothing
 from jaxprune.structure.rules.base import Call, Rule, unknown_axes, unknown_facts
@@ -45,12 +46,24 @@ def _facts(call: Call, ins: Sequence[Facts]) -> list[Facts]:
             facts.along(i, n) if not shape or shape[i] == n or facts.whole is not None else None
             for facts, shape in zip(ins, shapes, strict=True)
         ]
+        _note_zero_divisors(call, i, columns)
         found.append(_evaluate(call.eqn, columns, n))
     whole = None
     if all(facts.whole is not None for facts in ins):
         known = _evaluate(call.eqn, [facts.along(0, 1) for facts in ins], 1)
         whole = None if known is None else known[1][0]
     return [Facts(tuple(found), whole)]
+
+
+def _note_zero_divisors(call: Call, i: int, columns: list[Known | None]) -> None:
+    """Note the units whose values along an axis are divided by zero if they are masked."""
+    k = {"div": 1, "rsqrt": 0}.get(call.name)
+    if k is None or (known := columns[k]) is None or len(call.axes[k]) <= i:
+        return
+    zero = known[0] & (known[1] == 0)
+    for atom, index in ax.units(call.axes[k][i]) if zero.any() and zero.size == call.out[i] else ():
+        if (index[zero] >= 0).any():
+            call.sites.divided.add(atom)
 
 
 def _evaluate(eqn: Any, columns: list[Known | None], n: int) -> Known | None:

@@ -134,9 +134,7 @@ RULES = {
         "argmax argmin psum pmax pmin".split(),
         Rule(_reduce, _reduce_facts),
     ),
-    **dict.fromkeys(
-        "cumsum cumprod cummax cummin cumlogsumexp".split(), Rule(_same, _cumulative)
-    ),
+    **dict.fromkeys("cumsum cumprod cummax cummin cumlogsumexp".split(), Rule(_same, _cumulative)),
     **dict.fromkeys(
         "reduce_window reduce_window_sum reduce_window_max reduce_window_min".split(),
         Rule(_window, _window_facts),
