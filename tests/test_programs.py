@@ -252,7 +252,9 @@ def check_program(steps: list[Step], seed: int) -> None:
         # Units, of groups that are prunable by their own account.
         sparsity = float(rng.choice([0.3, 0.5, 0.8]))
         scope = str(rng.choice(["group", "global"]))
-        masks = jax.tree.map(np.asarray, group_masks(graph, params, sparsity, scope=scope))
+        masks = jax.tree.map(
+            np.asarray, group_masks(graph, params, sparsity, scope=scope, min_units=0)
+        )
         plan = quietly(compaction, apply, params, masks, x)
         for group in graph.groups:
             if group.prunable and group.within is None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -322,13 +323,11 @@ own_rule.defvjp(lambda x: (x, None), lambda _, g: (g,))
 @pytest.mark.parametrize(
     ("f", "reason"),
     [
-        (jax.nn.softmax, "reduce_max runs over it and a removed unit's value is not neutral"),
-        (lambda x: x / (1 + jnp.exp(x).sum(1, keepdims=True)), "reduce_sum runs over it"),
-        (lambda x: x - x.max(1, keepdims=True), "reduce_max runs over it"),
+        (lambda x: x * jnp.exp(x).cumsum(1), "cumsum runs over it"),
+        (lambda x: x * (2 + x).prod(1, keepdims=True), "reduce_prod runs over it"),
         (lambda x: jnp.sort(x, axis=1), "sorted"),
         (lambda x: x[:, ::-1], "reversed"),
         (lambda x: x + jnp.argmax(x, 1, keepdims=True).astype(x.dtype), "indexed by argmax"),
-        (lambda x: x - x.mean(1, keepdims=True) / x.var(1, keepdims=True), "reduce_sum runs"),
         (lambda x: x.reshape(-1, 3, 2).transpose(0, 2, 1).reshape(-1, 3, 2).reshape(-1, 6), ""),
         (lambda x: jnp.linalg.cholesky(x[:, :, None] * x[:, None, :]).sum(2), "not understood"),
         (own_rule, "custom_vjp_call"),
@@ -401,7 +400,53 @@ def test_merged_axes_are_not_axes_end_to_end() -> None:
     check_values(apply, params, masks, compaction(apply, params, masks, x), x)
 
 
-def test_slow_variance_is_not_exact() -> None:
+# What removed units share --------------------------------------------------------------------
+
+
+def centred(x: Any) -> Any:
+    return x - x.mean(-1, keepdims=True)
+
+
+def layer_norm(x: Any, params: Any) -> Any:
+    normed = centred(x) / jnp.sqrt((centred(x) ** 2).mean(-1, keepdims=True) + 1e-5)
+    return normed * params["scale"][None] + params["shift"][None]
+
+
+SHARED: dict[str, Callable[[Any, Any], Any]] = {
+    "two-pass LayerNorm": layer_norm,
+    "of a residual stream": lambda x, p: x + jnp.tanh(layer_norm(x, p) @ p["square"]),
+    "softmax": lambda x, p: jax.nn.softmax(x),
+    "softmax, shifted by hand": lambda x, p: jnp.exp(x - x.max(1, keepdims=True)),
+    "sigmoid": lambda x, p: x * jax.nn.sigmoid(x).sum(1, keepdims=True),
+    "log-sum-exp": lambda x, p: x - jax.nn.logsumexp(x, axis=1, keepdims=True),
+    "a sum beside": lambda x, p: x / (1 + jnp.exp(x).sum(1, keepdims=True)),
+    "variance": lambda x, p: x - x.mean(1, keepdims=True) / x.var(1, keepdims=True),
+    "fourth moment": lambda x, p: x * jnp.tanh((centred(x) ** 4).mean(1, keepdims=True)),
+    "smallest": lambda x, p: x * (x - x.mean(1, keepdims=True)).min(1, keepdims=True),
+    "twice": lambda x, p: layer_norm(layer_norm(x, p), p),
+}
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.8])
+@pytest.mark.parametrize("name", SHARED)
+def test_units_that_share_a_value_are_removed_exactly(name: str, sparsity: float) -> None:
+    def apply(params: Any, x: Any) -> Any:
+        return SHARED[name](x @ params["hidden"], params) @ params["logits"]
+
+    shapes = {"hidden": (5, 10), "scale": (10,), "shift": (10,), "square": (10, 10)}
+    params, x = draw({**shapes, "logits": (10, 3)}), normal(3, 5)
+    masks = group_masks(dependency_graph(apply, params, x), params, sparsity)
+    plan = compaction(apply, params, masks, x, fold=False)
+    assert plan.params["hidden"].shape == (5, 10 - round(10 * sparsity))
+    check_compact(derivative(apply), params, masks, plan, [x, normal(7, 5)], 1e-5)
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda w: jnp.asarray(w, np.float64), params)
+        plan = compaction(apply, params, masks, jnp.asarray(x, np.float64), fold=False)
+        wide = [jnp.asarray(x, np.float64)]
+        check_compact(derivative(apply), params, masks, plan, wide, 1e-12)
+
+
+def test_layer_norm_of_equinox_and_of_linen_with_slow_variance() -> None:
     class Net(nn.Module):
         fast: bool
 
@@ -411,8 +456,82 @@ def test_slow_variance_is_not_exact() -> None:
 
     for fast in (True, False):
         apply, params = of_module(Net(fast), (2, 5))
-        graph = dependency_graph(apply, params, jnp.ones((2, 5)))
-        assert graph["params/Dense_1/kernel"].prunable is fast
+        x = normal(2, 5)
+        masks = group_masks(dependency_graph(apply, params, x), params, 0.5)
+        plan = compaction(apply, params, masks, x)
+        assert plan.params["params"]["Dense_1"]["kernel"].shape == (5, 3)
+        check_compact(derivative(apply), params, masks, plan, [x], 1e-5)
+
+    def make(key: Any) -> Any:
+        first, second = jax.random.split(key)
+        parts = [
+            eqx.nn.Linear(5, 6, key=first),
+            eqx.nn.LayerNorm(6),
+            eqx.nn.Linear(6, 3, key=second),
+        ]
+        return eqx.nn.Sequential(parts)
+
+    params, static = eqx.partition(make(jax.random.key(0)), eqx.is_array)
+
+    def apply_equinox(params: Any, x: Any) -> Any:
+        return jax.vmap(eqx.combine(params, static))(x)
+
+    x = normal(4, 5)
+    masks = group_masks(dependency_graph(apply_equinox, params, x), params, 0.5)
+    plan = compaction(apply_equinox, params, masks, x)
+    assert plan.params.layers[2].weight.shape == (3, 3)
+    check_compact(derivative(apply_equinox), params, masks, plan, [x, normal(2, 5)], 1e-5)
+
+
+# Axes that vmap made, and strides ------------------------------------------------------------
+
+
+REACHED: dict[str, tuple[Callable[[Any, Any], Any], Any, Any, str]] = {
+    "mean over a batch by name": (
+        lambda p, x: jax.nn.relu(
+            jax.vmap(lambda v: v @ p["a"] - jax.lax.pmean(v @ p["a"], "b"), axis_name="b")(x)
+        ) @ p["c"],
+        {"a": (5, 8), "c": (8, 3)}, (4, 5), "a",
+    ),
+    "interleaved gates": (
+        lambda p, x: (jax.nn.silu((x @ p["a"])[..., ::2]) * (x @ p["a"])[..., 1::2]) @ p["c"],
+        {"a": (5, 16), "c": (8, 3)}, (4, 5), "a",
+    ),
+    "gates of three": (
+        lambda p, x: jnp.prod(
+            jnp.stack([jnp.tanh((x @ p["a"])[..., i::3]) for i in range(3)]), axis=0) @ p["c"],
+        {"a": (5, 24), "c": (8, 3)}, (4, 5), "a",
+    ),
+    "interleaved rotary embedding": (
+        lambda p, x: rotated(x @ p["a"]) @ p["c"],
+        {"a": (5, 16), "c": (16, 3)}, (4, 5), "a",
+    ),
+    "fft over positions": (
+        lambda p, x: jnp.real(jnp.fft.fft(x @ p["a"], axis=1).swapaxes(1, 2)).sum(2) @ p["c"],
+        {"a": (5, 8), "c": (8, 3)}, (4, 6, 5), "a",
+    ),
+}  # fmt: skip
+
+
+def rotated(x: Any) -> Any:
+    angle = jnp.arange(4, dtype=x.dtype)[:, None] + 0 * x[:, ::2]
+    a, b = x[:, ::2], x[:, 1::2]
+    pair = a * jnp.cos(angle) - b * jnp.sin(angle), a * jnp.sin(angle) + b * jnp.cos(angle)
+    return jnp.stack(pair, -1).reshape(x.shape)
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.8])
+@pytest.mark.parametrize("name", REACHED)
+def test_what_is_reached_shrinks_and_is_exact(name: str, sparsity: float) -> None:
+    apply, shapes, shape, path = REACHED[name]
+    params, x = draw(shapes), normal(*shape)
+    masks = group_masks(dependency_graph(apply, params, x), params, sparsity)
+    plan = compaction(apply, params, masks, x)
+    units = shapes["c"][0] if name != "interleaved rotary embedding" else 8
+    kept = units - round(units * sparsity)
+    assert plan.params[path].shape == (5, shapes[path][1] // units * kept)
+    more = [] if name.startswith("interleaved rotary") else [normal(2, *shape[1:])]
+    check_compact(derivative(apply), params, masks, plan, [x, *more], 1e-5)
 
 
 def test_scores_of_units_by_hand() -> None:

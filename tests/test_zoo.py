@@ -203,14 +203,13 @@ def flops(apply: Any, params: Any, x: Any) -> float:
     return analysis["flops"]
 
 
-SHRINKING = [n for n in zoo.NETWORKS if n != "MLP, LayerNorm, slow variance"]  # the others
 COUNTED = ("challenge MLP", "LeNet-5", "ResNet-20")
 
 
 @pytest.mark.parametrize(
     "name",
-    [*COUNTED, *(pytest.param(n, marks=pytest.mark.slow) for n in SHRINKING if n not in COUNTED)],
-)  # fmt: skip
+    [pytest.param(n, marks=() if n in COUNTED else pytest.mark.slow) for n in zoo.NETWORKS],
+)
 def test_multiply_adds_fall(name: str) -> None:
     network, params, graph, _ = setup(name)
     if name == "challenge MLP":
@@ -241,7 +240,7 @@ LARGER = {  # as they are, too small for their units to count
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in SHRINKING if n not in FIRST_CONVOLUTION])
+@pytest.mark.parametrize("name", [n for n in zoo.NETWORKS if n not in FIRST_CONVOLUTION])
 def test_measured_time_falls(name: str) -> None:
     network = LARGER.get(name, zoo.NETWORKS[name])()
     params = network.init(jax.random.key(0))

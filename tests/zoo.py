@@ -316,21 +316,19 @@ def norm_mlp(*, fast: bool = True, hidden: tuple[int, int] = (16, 12)) -> Networ
     """Return a network with biases and LayerNorm.
 
     The fast variance, E[x²] − E[x]², sums x and x² only: a unit that is zero adds nothing, and the
-    divisors stay. The slow one sums (x − E[x])², which is E[x]² for a unit that is zero: no hidden
-    group is prunable.
+    divisors stay. The slow one sums (x − E[x])², which is E[x]² for every unit that is zero: so
+    many times it is added.
     """
     features, classes = 7, 5
     init, apply = _linen(NormMLP(hidden, classes, fast), _zeros(1, features))
     groups = {"hidden_0/kernel@0": Group(features, False, INPUT, outgoing=(_dense_in("hidden_0"),))}
     for i, (units, following) in enumerate(zip(hidden, ("hidden_1", "logits"), strict=True)):
         masked = _dense(f"hidden_{i}") + _layer_norm(f"norm_{i}")
-        reason = "" if fast else NONZERO
-        groups[masked[0].path] = Group(units, fast, reason, masked, (_dense_in(following),))
+        groups[masked[0].path] = Group(units, masked=masked, outgoing=(_dense_in(following),))
     groups |= _logits(_dense("logits"), classes)
 
     def remaining(widths):
-        first = widths["hidden_0/kernel"] if fast else hidden[0]
-        second = widths["hidden_1/kernel"] if fast else hidden[1]
+        first, second = widths["hidden_0/kernel"], widths["hidden_1/kernel"]
         # A kernel and a bias each; a scale and a bias in the two normalisations.
         dense = (7 + 1) * first + (first + 1) * second + (second + 1) * 5
         return dense + 2 * first + 2 * second
@@ -804,12 +802,12 @@ def vit(*, cls: bool = False, fast: bool = True) -> Network:
         masked, outgoing = masked + made, outgoing + taken
         inner, inner_optional = _block_groups(f"block_{i}")
         groups, optional = groups | inner, optional | inner_optional
-    groups["patches/kernel"] = Group(MODEL, fast, "" if fast else NONZERO, masked, outgoing)
+    groups["patches/kernel"] = Group(MODEL, masked=masked, outgoing=outgoing)
     groups["position@0"] = Group(tokens, False, INPUT, (Slot("position", 0),))
     groups |= _logits(_dense("logits"), 4)
 
     def remaining(widths):
-        d = widths["patches/kernel"] if fast else MODEL
+        d = widths["patches/kernel"]
         blocks = sum(_block_remaining(f"block_{i}", d, widths) for i in range(2))
         return (4 * 4 * 3 + 1) * d + tokens * d + cls * d + blocks + 2 * d + (d + 1) * 4
 

@@ -18,7 +18,7 @@ from jax.tree_util import keystr
 from jaxprune import trees
 from jaxprune.masks import check_masks
 from jaxprune.structure import axes as ax
-from jaxprune.structure.facts import Facts, nothing, zeros_at
+from jaxprune.structure.facts import Facts, Shares, nothing, zeros_at
 from jaxprune.structure.fold import fold_constants
 from jaxprune.structure.graph import groups_of
 from jaxprune.structure.matching import belonging
@@ -43,20 +43,20 @@ class Compaction:
     ):
         self._full_apply, self._state = apply, state
         self._tree = jax.tree.structure(params)
-        self._programs: dict[Any, tuple[Program, Keep]] = {}
+        self._programs: dict[Any, tuple[Program, Keep, Shares]] = {}
         self._shapes = {path: jnp.shape(leaf) for path, leaf in trees.paths_and_leaves(params)}
         program = trace_program(apply, params, x, state)
         self._masks = _concrete(masks, params)
         pairs = zip(jax.tree.leaves(params), self._masks, strict=True)
         leaves = [_masked(leaf, mask) for leaf, mask in pairs]
         while True:
-            keep, emptied = _removable(program, self._masks)
+            keep, shares, emptied = _removable(program, self._masks)
             facts = _facts(program, self._masks, keep)
             folded = fold_constants(program, leaves, self._masks, facts, keep) if fold else None
             if folded is None:
                 break
             leaves, self._masks = folded
-        self._program_kept = program, keep
+        self._program_kept = program, keep, shares
         self.emptied = [groups_of(program)[atom].name for atom in emptied]
         self._kept = {
             path: tuple(ax.kept(axis, keep) for axis in axes)
@@ -82,7 +82,7 @@ class Compaction:
     @cached_property
     def widths(self) -> dict[str, tuple[int, int]]:
         """For every group of the graph, by name, how many units it had and has."""
-        program, keep = self._program_kept
+        program, keep, _ = self._program_kept
         return {
             group.name: (group.size, int(np.count_nonzero(keep.get(atom, np.ones(group.size)))))
             for atom, group in groups_of(program).items()
@@ -107,10 +107,9 @@ class Compaction:
         key = structure, dtypes, tuple((a.shape, a.dtype, a.weak_type) for a in given)
         if key not in self._programs:
             self._programs[key] = self._program(dtypes, x)
-        program, keep = self._programs[key]
-        return jax.tree.unflatten(
-            program.out_tree, evaluate(program.node, keep, [*leaves, *inputs])
-        )
+        program, keep, shares = self._programs[key]
+        outs = evaluate(program.node, keep, [*leaves, *inputs], shares)
+        return jax.tree.unflatten(program.out_tree, outs)
 
     def shrink(self, tree: Any) -> Any:
         """Remove the units from parameters, masks, optimizer state, or whatever contains them.
@@ -186,7 +185,7 @@ class Compaction:
             for n, kept in zip(self._shapes[path], self._kept[path], strict=True)
         )
 
-    def _program(self, dtypes: tuple[Any, ...], x: Any) -> tuple[Program, Keep]:
+    def _program(self, dtypes: tuple[Any, ...], x: Any) -> tuple[Program, Keep, Shares]:
         """Trace at a new shape, and find that the same units can be removed there."""
         abstract = [
             jax.ShapeDtypeStruct(shape, dtype)
@@ -194,7 +193,7 @@ class Compaction:
         ]
         params = jax.tree.unflatten(self._tree, abstract)
         program = trace_program(self._full_apply, params, x, self._state)
-        keep, _ = _removable(program, self._masks, list(self._kept.values()))
+        keep, shares, _ = _removable(program, self._masks, list(self._kept.values()))
         for path, axes in zip(program.paths, program.axes, strict=True):
             if kept_shape(axes, keep) != self._small(path):
                 raise ValueError(
@@ -202,7 +201,7 @@ class Compaction:
                     f"of leaf {path!r} cannot be removed as at those that the network was "
                     "compacted with: compact it at these"
                 )
-        return program, keep
+        return program, keep, shares
 
 
 def compaction(
@@ -306,7 +305,7 @@ def remaining(
 
     def count(masks: Masks) -> int:
         leaves = _concrete(masks, abstract)
-        keep, _ = _removable(program, leaves)
+        keep, *_ = _removable(program, leaves)
         left = 0
         for path, mask, axes in zip(program.paths, leaves, program.axes, strict=True):
             for i, axis in enumerate(axes):
@@ -339,8 +338,8 @@ def _concrete(masks: Masks, params: Params) -> list[np.ndarray]:
 
 def _removable(
     program: Program, masks: list[np.ndarray], within: list[Any] | None = None
-) -> tuple[Keep, list[ax.Atom]]:
-    """Return the kept units of the atoms that lose some, and the atoms that would lose all.
+) -> tuple[Keep, Shares, list[ax.Atom]]:
+    """Return the kept units of the atoms that lose some, what the others share, and emptied atoms.
 
     Units go in rounds, since one that is gone may have been all that another entered or left.
     """
@@ -374,7 +373,7 @@ def _removable(
             keep[atom], changed = new, True
         if not changed:
             break
-    return keep, list(emptied)
+    return keep, sites.shares, list(emptied)
 
 
 def _facts(program: Program, masks: list[np.ndarray], keep: Keep) -> list[Facts]:

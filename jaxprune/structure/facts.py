@@ -4,7 +4,8 @@ Masks tell it of the leaves, `rules` what a primitive makes of it. Wherever posi
 takes down which units add something to the others, and so cannot be removed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,8 @@ Known = tuple[np.ndarray, np.ndarray]
 Place = tuple[int, ...]
 """Where an equation stands: its number, after those of the equations that call its program."""
 
+Shares = dict[Place, dict[int, "list[Share]"]]
+
 
 class Facts(NamedTuple):
     """What is known of a value.
@@ -27,10 +30,13 @@ class Facts(NamedTuple):
     Attributes:
         axes: for each axis what is known of its positions, or None.
         whole: the constant that all elements are, or None.
+        alike: by axis, the positions that all hold one value, which is not known and may differ
+            along other axes: what is left of removed units once their mean is subtracted.
     """
 
     axes: tuple[Known | None, ...]
     whole: np.ndarray | None = None
+    alike: Mapping[int, np.ndarray] = MappingProxyType({})
 
     def along(self, axis: int, n: int) -> Known | None:
         """Return what is known of the `n` positions of an axis."""
@@ -44,6 +50,35 @@ class Facts(NamedTuple):
         return np.zeros(n, bool) if known is None else known[0] & (known[1] == constant)
 
 
+class Share(NamedTuple):
+    """How to come by the one value that positions of an axis of an operand hold.
+
+    Attributes:
+        at: which positions.
+        constant: the value, where it is known.
+        carried: whether it was computed beside the operand. Where neither holds, the operand does
+            not vary along the axis.
+    """
+
+    at: np.ndarray
+    constant: Any = None
+    carried: bool = False
+
+
+def share(facts: Facts, axis: int, shape: Sequence[int], n: int) -> Share | None:
+    """Return what positions of an axis have in common, of an operand that is broadcast to `n`."""
+    if not shape or shape[axis] != n:
+        return Share(np.ones(n, bool), facts.whole)
+    if axis in facts.alike:
+        return Share(facts.alike[axis], carried=True)
+    known = facts.along(axis, n)
+    if known is None or not known[0].any():
+        return None
+    zero = known[0] & (known[1] == 0)
+    first = known[1][np.argmax(zero if zero.any() else known[0])]
+    return Share(known[0] & (known[1] == first), first)
+
+
 class Sites:
     """Which units matter: filled while a program is interpreted.
 
@@ -51,6 +86,8 @@ class Sites:
         matter: for every atom whose positions meet somewhere, bool a unit.
         reasons: for every atom of which some unit matters, why.
         divided: atoms by the values of whose masked units something is divided.
+        shares: where the value that removed positions share is needed: by place and axis, how to
+            come by it, of every operand.
         foldable: for products whose result takes a bias, the operand whose constants can be folded
             into that: there it does not matter.
         constants: what is known of these operands.
@@ -62,6 +99,7 @@ class Sites:
         self.matter: dict[Atom, np.ndarray] = {}
         self.reasons: dict[Atom, str] = {}
         self.divided: set[Atom] = set()
+        self.shares: Shares = {}
 
     def check(self, axis: Axis, neutral: np.ndarray, reason: str) -> None:
         """Record which units cannot be removed.

@@ -16,7 +16,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jaxprune import trees
 from jaxprune.structure import axes as ax
 from jaxprune.structure.axes import Atom, Axes
-from jaxprune.structure.facts import Facts, Place, Sites, constant, nothing
+from jaxprune.structure.facts import Facts, Place, Share, Shares, Sites, constant, nothing
 from jaxprune.structure.rules import caller_of, rule_of
 from jaxprune.structure.rules.base import Call, Keep, Resized
 from jaxprune.types import Apply, Params
@@ -116,47 +116,70 @@ def interpret(node: Node, inputs: Sequence[Facts], sites: Sites, at: Place = ())
 
     def step(i: int, eqn: Any, ins: list[Facts]) -> list[Facts]:
         place = (*at, i)
+        sites.shares.pop(place, None)  # of an earlier step of a scan
         if i not in node.inner:
             return rule_of(eqn).facts(Call(eqn, node.operands[i], place, sites), ins)
         caller = caller_of(eqn)
         assert caller is not None
 
         def run(inner: Node, facts: Sequence[Facts]) -> list[Facts]:
-            return interpret(inner, facts, sites, place)
+            return interpret(inner, facts, sites, (*place, node.inner[i].index(inner)))
 
-        return caller.facts(eqn, node.inner[i], ins, run)
+        outs = caller.facts(eqn, node.inner[i], [facts._replace(alike={}) for facts in ins], run)
+        return [facts._replace(alike={}) for facts in outs]
 
     return walk(node.jaxpr, [*map(constant, node.consts)], inputs, step, constant)
 
 
-def evaluate(node: Node, keep: Keep, args: Sequence[Any]) -> list[Any]:
+def evaluate(
+    node: Node, keep: Keep, args: Sequence[Any], shares: Shares | None = None, at: Place = ()
+) -> list[Any]:
     """Return the results of a program at the kept sizes.
 
     Args:
         node: the program, traced at the full sizes.
         keep: the units kept.
         args: its inputs at the kept sizes.
+        shares: where the value that removed positions share is needed, as `Sites` tells.
+        at: the place of the equation that runs it.
     """
+    shares, beside = shares or {}, {}  # by variable and axis, what removed positions share
 
     def cut(xs: Sequence[Any], values: Sequence[Any], axes: Sequence[Axes]) -> list[Any]:
         return [take(value, each, keep) if isinstance(x, Literal) else value
                 for x, value, each in zip(xs, values, axes, strict=True)]  # fmt: skip
 
     def step(i: int, eqn: Any, values: list[Any]) -> list[Any]:
-        values = cut(eqn.invars, values, node.operands[i])
-        call = Resized(eqn, node.operands[i], node.results[i], keep)
+        values, place = cut(eqn.invars, values, node.operands[i]), (*at, i)
+        call = Resized(eqn, node.operands[i], node.results[i], keep, shares.get(place, {}))
         if not call.shrinks:
             outs = bind(eqn, values, eqn.params)
         elif i in node.inner:
             caller = caller_of(eqn)
             assert caller is not None
-            run = lambda inner, args: evaluate(inner, keep, args)  # noqa: E731
+
+            def run(inner: Node, args: Sequence[Any]) -> list[Any]:
+                known = inner in node.inner[i]
+                within = (*place, node.inner[i].index(inner)) if known else ()
+                return evaluate(inner, keep, args, shares if known else {}, within)
+
             outs = caller.evaluate(call, node.inner[i], values, run, follow)
         else:
             rule = rule_of(eqn)
             outs = bind(eqn, values, eqn.params | (rule.sizes(call, values) if rule.sizes else {}))
             if rule.whole:
                 outs = [take(*each, keep) for each in zip(outs, call.results, strict=True)]
+            own = call.operands[0] if rule.complete else call.results[0]
+            for axis, each in call.shares.items():
+                if ax.kept(own[axis], keep) is None:
+                    continue
+                found = [_shared(axis, *of, beside)
+                         for of in zip(eqn.invars, values, each, strict=True)]  # fmt: skip
+                one = bind(eqn, found, eqn.params)
+                if rule.complete is not None:
+                    outs = rule.complete(call, outs, axis, one)
+                else:
+                    beside[eqn.outvars[0], axis] = one[0]
         for k, out in enumerate(outs):
             if jnp.shape(out) != (shape := call.shape(k)):
                 raise RuntimeError(
@@ -167,6 +190,15 @@ def evaluate(node: Node, keep: Keep, args: Sequence[Any]) -> list[Any]:
 
     consts = [take(*each, keep) for each in zip(node.consts, node.const_axes, strict=True)]
     return cut(node.jaxpr.outvars, walk(node.jaxpr, consts, args, step), node.outputs)
+
+
+def _shared(axis: int, x: Any, value: Any, share: Share, beside: dict[Any, Any]) -> Any:
+    """Return the value that positions along an axis share, as an array of one position there."""
+    if share.carried:
+        return beside[x, axis]
+    if share.constant is None or jnp.ndim(value) == 0:
+        return value
+    return jnp.full_like(jax.lax.slice_in_dim(value, 0, 1, axis=axis), share.constant)
 
 
 def take(value: Any, axes: Axes, keep: Keep) -> Any:

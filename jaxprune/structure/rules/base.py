@@ -4,14 +4,15 @@ A rule says all that the library knows of a primitive. To add one, write its fun
 of its kind, and a row in the table at the end of that file.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxprune.structure import axes as ax
 from jaxprune.structure.axes import Atom, Axes
-from jaxprune.structure.facts import Facts, Place, Sites, nothing
+from jaxprune.structure.facts import Facts, Place, Share, Sites, nothing
 
 Keep = dict[Atom, np.ndarray]
 """For the atoms that lose units: which units are kept, bool."""
@@ -48,6 +49,10 @@ class Call(NamedTuple):
         """Record which units of an operand's axis cannot be removed; see `Sites.check`."""
         self.sites.check(self.axes[operand][axis], neutral, f"{self.name} {what}")
 
+    def needs(self, axis: int, shares: list[Share]) -> None:
+        """Record how to come by the value that removed positions share, of every operand."""
+        self.sites.shares.setdefault(self.place, {})[axis] = shares
+
 
 class Resized(NamedTuple):
     """An equation at the sizes that are left."""
@@ -56,6 +61,7 @@ class Resized(NamedTuple):
     operands: Sequence[Axes]
     results: Sequence[Axes]
     keep: Keep
+    shares: Mapping[int, Sequence[Share]] = MappingProxyType({})
 
     @property
     def shrinks(self) -> bool:
@@ -75,6 +81,12 @@ class Resized(NamedTuple):
         """Return how many positions before `stop` are kept of an operand's axis."""
         positions = ax.kept(self.operands[operand][axis], self.keep)
         return stop if positions is None else int(np.count_nonzero(positions[:stop]))
+
+    def removed(self, operand: int, axis: int) -> np.ndarray:
+        """Return which positions of an operand's axis are removed."""
+        positions = ax.kept(self.operands[operand][axis], self.keep)
+        n = ax.size(self.operands[operand][axis])
+        return np.zeros(n, bool) if positions is None else ~positions
 
 
 def kept_shape(axes: Axes, keep: Keep) -> tuple[int, ...]:
@@ -113,12 +125,16 @@ class Rule(NamedTuple):
         sizes: of a `Resized` and its operands at the kept sizes: the parameters of the primitive
             that differ there; None where none carries sizes.
         whole: whether its result is made whole, and then cut to what is kept.
+        complete: of a `Resized`, its results at the kept sizes, an axis, and what the primitive
+            makes of the value that removed positions share there: the results with their share.
+            None if it works position by position.
     """
 
     axes: Callable[[Any, Sequence[Axes], Any], list[Axes]] = unknown_axes
     facts: Callable[[Call, Sequence[Facts]], list[Facts]] = unknown_facts
     sizes: Callable[[Resized, Sequence[Any]], dict[str, Any]] | None = None
     whole: bool = False
+    complete: Callable[..., list[Any]] | None = None
 
 
 def size(eqn: Any, operand: int, axis: int) -> int:

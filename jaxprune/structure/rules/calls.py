@@ -28,7 +28,8 @@ class Caller(NamedTuple):
     Attributes:
         axes: of an equation, the axes of its operands, how a program is followed (of a closed jaxpr
             and axes: its node), and whether derivatives are: the axes of its results, and nodes.
-        facts: of an equation, its nodes, the facts of its operands, and how a node is interpreted.
+        facts: of an equation, its nodes, the facts of its operands, and how a node is interpreted;
+            what positions have in common is not told across programs.
         evaluate: of a `Resized`, the nodes, the operands at the kept sizes, how a node is run, and
             how a program is followed: its results.
     """

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxprune.structure import axes as ax
 from jaxprune.structure.axes import Axes
-from jaxprune.structure.facts import Facts, Known, common, nothing
+from jaxprune.structure.facts import Facts, Known, common, nothing, share
 from jaxprune.structure.rules.base import Call, Rule, unknown_axes, unknown_facts
 
 ELEMENTWISE = (
@@ -52,7 +52,29 @@ def _facts(call: Call, ins: Sequence[Facts]) -> list[Facts]:
     if all(facts.whole is not None for facts in ins):
         known = _evaluate(call.eqn, [facts.along(0, 1) for facts in ins], 1)
         whole = None if known is None else known[1][0]
-    return [Facts(tuple(found), whole)]
+    alike = {} if whole is not None else _alike(call, ins, shapes, found)
+    return [Facts(tuple(found), whole, alike)]
+
+
+def _alike(
+    call: Call, ins: Sequence[Facts], shapes: Sequence[Any], found: Sequence[Known | None]
+) -> dict[int, np.ndarray]:
+    """Return at which positions all operands hold one value each, if the result is not known."""
+    alike = {}
+    for i, n in enumerate(call.out):
+        own = [a[i] for a, shape in zip(call.axes, shapes, strict=True) if shape and shape[i] == n]
+        if not own or all(atom.reason for atom in ax.atoms(own[0])):
+            continue
+        shares = [share(facts, i, shape, n) for facts, shape in zip(ins, shapes, strict=True)]
+        given = [each for each in shares if each is not None]
+        if len(given) < len(shares):
+            continue
+        at = np.logical_and.reduce([each.at for each in given])
+        known = found[i]
+        if at.any() and not at.all() and not (known is not None and known[0][at].all()):
+            alike[i] = at
+            call.needs(i, given)
+    return alike
 
 
 def _note_zero_divisors(call: Call, i: int, columns: list[Known | None]) -> None:

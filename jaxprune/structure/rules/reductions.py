@@ -6,9 +6,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.structure import axes as ax
 from jaxprune.structure.axes import Axes
-from jaxprune.structure.facts import Facts, Known, only
-from jaxprune.structure.rules.base import Call, Rule, unknown_axes, unknown_facts
+from jaxprune.structure.facts import Facts, Known, only, share
+from jaxprune.structure.rules.base import Call, Resized, Rule, unknown_axes, unknown_facts
 
 _MATTERS = "runs over it and a removed unit's value is not neutral"
 _SLIDES = "a window slides over it"
@@ -37,9 +38,15 @@ def _kind(name: str) -> str:
     return name
 
 
+def _across_devices(eqn: Any) -> bool:
+    """Tell whether a reduction runs over an axis that has a name, or over groups."""
+    named = not all(hasattr(i, "__index__") for i in eqn.params["axes"])
+    return named or eqn.params.get("axis_index_groups") is not None
+
+
 def _reduce(eqn: Any, ins: Sequence[Axes], algebra: Any) -> list[Axes]:
     axes = eqn.params["axes"]
-    if eqn.params.get("axis_index_groups") or not all(isinstance(i, int) for i in axes):
+    if _across_devices(eqn):
         return unknown_axes(eqn, ins, algebra)
     if eqn.primitive.name.startswith("arg"):
         for i in axes:
@@ -48,9 +55,8 @@ def _reduce(eqn: Any, ins: Sequence[Axes], algebra: Any) -> list[Axes]:
 
 
 def _reduce_facts(call: Call, ins: Sequence[Facts]) -> list[Facts]:
-    kind, params = _kind(call.name), call.eqn.params
-    named = not all(isinstance(i, int) for i in params["axes"])
-    if kind not in _NEUTRAL or named or params.get("axis_index_groups"):
+    kind = _kind(call.name)
+    if kind not in _NEUTRAL or _across_devices(call.eqn):
         return unknown_facts(call, ins)
     return [_reduced(call, i, facts, kind) for i, facts in enumerate(ins)]
 
@@ -58,14 +64,37 @@ def _reduce_facts(call: Call, ins: Sequence[Facts]) -> list[Facts]:
 def _reduced(call: Call, operand: int, facts: Facts, kind: str) -> Facts:
     axes, shape = call.eqn.params["axes"], call.shape(operand)
     neutral = _NEUTRAL[kind](call.eqn.invars[operand].aval.dtype)
+    free = [i for i in axes if any(atom.reason is None for atom in ax.atoms(call.axes[operand][i]))]
     for i in axes:
-        call.check(operand, i, facts.equals(i, shape[i], neutral), _MATTERS)
+        adds_nothing = facts.equals(i, shape[i], neutral)
+        shared = share(facts, i, shape, shape[i])
+        if free == [i] and len(call.axes) == 1 and kind in _COMPLETED and shared is not None:
+            call.needs(i, [shared._replace(at=shared.at & ~adds_nothing)])
+            adds_nothing = adds_nothing | shared.at
+        call.check(operand, i, adds_nothing, _MATTERS)
     # A sum of n zeros is zero whatever n, which pruning may change.
     keeps = kind in ("max", "min", "and", "or")
     found = [known if keeps else only(known, neutral)
              for i, known in enumerate(facts.axes) if i not in axes]  # fmt: skip
     whole = facts.whole if facts.whole is not None and facts.whole == neutral else None
     return Facts(tuple(found), whole)
+
+
+_COMPLETED: dict[str, Callable[[Any, Any, int], Any]] = {
+    "sum": lambda out, share, n: out + share * np.asarray(n, out.dtype),
+    "max": lambda out, share, n: jnp.maximum(out, share),
+    "min": lambda out, share, n: jnp.minimum(out, share),
+}
+
+
+def _complete(
+    call: Resized, outs: list[Any], axis: int, one: list[Any]
+) -> list[Any]:  # fmt: skip
+    """Add what removed positions share."""
+    n = int(np.count_nonzero(call.removed(0, axis) & call.shares[axis][0].at))
+    if n == 0:
+        return outs
+    return [_COMPLETED[_kind(call.eqn.primitive.name)](outs[0], one[0], n)]
 
 
 def _cumulative(call: Call, ins: Sequence[Facts]) -> list[Facts]:
@@ -132,7 +161,7 @@ RULES = {
     **dict.fromkeys(
         "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor "
         "argmax argmin psum pmax pmin".split(),
-        Rule(_reduce, _reduce_facts),
+        Rule(_reduce, _reduce_facts, complete=_complete),
     ),
     **dict.fromkeys("cumsum cumprod cummax cummin cumlogsumexp".split(), Rule(_same, _cumulative)),
     **dict.fromkeys(
