@@ -57,9 +57,9 @@ def test_linen_convolutions_and_dense_layers_over_batches() -> None:
     variables = Linen().init(KEY, batches[0])
     seen: dict[str, list[Any]] = {"first": [], "grouped": [], "hidden": [], "output": []}
     for x in batches:
-        _, kept = Linen().apply(variables, x, capture_intermediates=True)  # pyright: ignore
-        out = {name: value["__call__"][0] for name, value in kept["intermediates"].items()  # pyright: ignore
-               if name != "__call__"}  # fmt: skip
+        kept: Any = Linen().apply(variables, x, capture_intermediates=True)
+        made = kept[1]["intermediates"]
+        out = {name: value["__call__"][0] for name, value in made.items() if name != "__call__"}
         seen["first"].append(windows(x, 3, 2, 1))
         seen["grouped"].append(windows(jax.nn.relu(out["first"]), 3, 1, 1, 2))
         seen["hidden"].append(jax.nn.relu(out["grouped"]).reshape(2, -1))

@@ -8,7 +8,6 @@ Next come `train` and `sparse`.
 from jaxprune.structure.compaction import Compaction as Compaction
 from jaxprune.structure.compaction import compact as compact
 from jaxprune.structure.compaction import compaction as compaction
-from jaxprune.structure.compaction import remaining as remaining
 from jaxprune.structure.graph import Graph as Graph
 from jaxprune.structure.graph import Group as Group
 from jaxprune.structure.graph import Member as Member
@@ -17,5 +16,6 @@ from jaxprune.structure.inputs import layer_inputs as layer_inputs
 from jaxprune.structure.layers import Layer as Layer
 from jaxprune.structure.layers import layers as layers
 from jaxprune.structure.layers import prunable as prunable
+from jaxprune.structure.removal import remaining as remaining
 from jaxprune.structure.units import group as group
 from jaxprune.structure.units import group_masks as group_masks

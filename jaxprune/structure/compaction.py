@@ -5,24 +5,23 @@ and removed; what cannot be proven stays, masked. Training goes on with what com
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jax.tree_util import keystr
 
 from jaxprune import trees
-from jaxprune.masks import check_masks
 from jaxprune.structure import axes as ax
-from jaxprune.structure.facts import Facts, Shares, nothing, zeros_at
+from jaxprune.structure.facts import Shares
 from jaxprune.structure.fold import fold_constants
 from jaxprune.structure.graph import groups_of
 from jaxprune.structure.matching import belonging
 from jaxprune.structure.program import Program, State, constant_atoms, evaluate, trace_program
+from jaxprune.structure.removal import concrete, facts_of, removable
 from jaxprune.structure.rules.base import Keep, kept_shape
 from jaxprune.types import Apply, Masks, Params
 
@@ -46,12 +45,12 @@ class Compaction:
         self._programs: dict[Any, tuple[Program, Keep, Shares]] = {}
         self._shapes = {path: jnp.shape(leaf) for path, leaf in trees.paths_and_leaves(params)}
         program = trace_program(apply, params, x, state)
-        self._masks = _concrete(masks, params)
+        self._masks = concrete(masks, params)
         pairs = zip(jax.tree.leaves(params), self._masks, strict=True)
         leaves = [_masked(leaf, mask) for leaf, mask in pairs]
         while True:
-            keep, shares, emptied = _removable(program, self._masks)
-            facts = _facts(program, self._masks, keep)
+            keep, shares, emptied = removable(program, self._masks)
+            facts = facts_of(program, self._masks, keep)
             folded = fold_constants(program, leaves, self._masks, facts, keep) if fold else None
             if folded is None:
                 break
@@ -193,7 +192,7 @@ class Compaction:
         ]
         params = jax.tree.unflatten(self._tree, abstract)
         program = trace_program(self._full_apply, params, x, self._state)
-        keep, shares, _ = _removable(program, self._masks, list(self._kept.values()))
+        keep, shares, _ = removable(program, self._masks, list(self._kept.values()))
         for path, axes in zip(program.paths, program.axes, strict=True):
             if kept_shape(axes, keep) != self._small(path):
                 raise ValueError(
@@ -268,55 +267,6 @@ def compact(
     return plan.params, plan.apply
 
 
-def remaining(
-    apply: Apply,
-    params: Params,
-    x: Any,
-    *,
-    state: State = None,
-    counted: Callable[[str], bool] = lambda path: True,
-) -> Callable[[Masks], int]:
-    """Return a function that counts the parameters left, of the masks of one network.
-
-    What counts is a parameter that its mask keeps, and that does not go with a unit that the masks
-    leave without effect, as `compaction(..., fold=False)` removes them. The network is traced once.
-
-    Args:
-        apply: the network.
-        params: its parameters, or their shapes and dtypes.
-        x: inputs to trace with, or their shapes and dtypes.
-        state: see `compact`.
-        counted: whether the leaf of a path counts; by default all do.
-
-    Returns:
-        `count(masks) -> int`, of concrete masks without a levels axis. It raises ValueError or
-        TypeError as `compaction` does.
-
-    Example:
-        >>> def apply(params, x):
-        ...     return jax.nn.relu(x @ params["hidden"]) @ params["logits"]
-        >>> params = {"hidden": jnp.ones((4, 3)), "logits": jnp.ones((3, 2))}
-        >>> masks = {"hidden": np.array([[True, True, False]] * 4), "logits": np.ones((3, 2), bool)}
-        >>> remaining(apply, params, jnp.ones((2, 4)))(masks)
-        12
-    """
-    program = trace_program(apply, params, x, state)
-    abstract = jax.tree.unflatten(jax.tree.structure(params), program.leaves)
-
-    def count(masks: Masks) -> int:
-        leaves = _concrete(masks, abstract)
-        keep, *_ = _removable(program, leaves)
-        left = 0
-        for path, mask, axes in zip(program.paths, leaves, program.axes, strict=True):
-            for i, axis in enumerate(axes):
-                positions = ax.kept(axis, keep)
-                mask = mask if positions is None else np.compress(positions, mask, axis=i)
-            left += int(np.count_nonzero(mask)) if counted(path) else 0
-        return left
-
-    return count
-
-
 def _planned(
     apply: Apply, params: Params, masks: Masks, x: Any, fold: bool, state: State
 ) -> Compaction:
@@ -325,77 +275,6 @@ def _planned(
         message = f"every unit of {name!r} is without effect; one is kept, as zeros"
         warnings.warn(message, stacklevel=3)
     return plan
-
-
-def _concrete(masks: Masks, params: Params) -> list[np.ndarray]:
-    """Return the leaves of masks, checked, as arrays of NumPy."""
-    check_masks(masks, params)
-    for path, mask in trees.paths_and_leaves(masks):
-        if isinstance(mask, Tracer):
-            raise TypeError(f"mask {path!r} has no values: compact outside of jit")
-    return [np.asarray(mask, bool) for mask in jax.tree.leaves(masks)]
-
-
-def _removable(
-    program: Program, masks: list[np.ndarray], within: list[Any] | None = None
-) -> tuple[Keep, Shares, list[ax.Atom]]:
-    """Return the kept units of the atoms that lose some, what the others share, and emptied atoms.
-
-    Units go in rounds, since one that is gone may have been all that another entered or left.
-    """
-    keep: Keep = {}
-    allowed: Keep = {}
-    for leaf, axis, atom, index in program.occurrences():
-        if within is not None and atom.reason is None:
-            positions = within[leaf][axis]
-            gone = np.zeros(atom.size, bool)
-            if positions is not None:
-                gone = np.ones(atom.size, bool)
-                gone[index[(index >= 0) & positions]] = False
-            allowed[atom] = allowed.get(atom, True) & gone
-    emptied: dict[ax.Atom, None] = {}
-    of_leaves = {atom for _, _, atom, _ in program.occurrences()}
-    while True:
-        facts = _facts(program, masks, keep)
-        sites = program.interpret(facts)
-        changed = False
-        for atom, matter in sites.matter.items():
-            if atom.reason is not None or atom not in of_leaves or not atom.size:
-                continue
-            new = matter & keep.get(atom, True)
-            if within is not None:
-                new |= ~allowed[atom] & keep.get(atom, True)
-            if not new.any():
-                emptied[atom] = None
-                new[np.argmax(keep.get(atom, new))] = True
-            if new.all() or (atom in keep and (new == keep[atom]).all()):
-                continue
-            keep[atom], changed = new, True
-        if not changed:
-            break
-    return keep, sites.shares, list(emptied)
-
-
-def _facts(program: Program, masks: list[np.ndarray], keep: Keep) -> list[Facts]:
-    return [
-        _of_masks(mask, axes, leaf.dtype, keep)
-        for mask, axes, leaf in zip(masks, program.axes, program.leaves, strict=True)
-    ]
-
-
-def _of_masks(mask: np.ndarray, axes: ax.Axes, dtype: Any, keep: Keep) -> Facts:
-    """Return at which positions of a leaf's axes all that is kept of it is masked."""
-    if mask.all() or not jnp.issubdtype(dtype, jnp.inexact):
-        return nothing(mask.ndim)
-    kept = [ax.kept(axis, keep) for axis in axes]
-    zero = []
-    for i in range(mask.ndim):
-        left = mask
-        for j, positions in enumerate(kept):
-            if j != i and positions is not None:
-                left = np.compress(positions, left, axis=j)
-        zero.append(~left.any(tuple(j for j in range(mask.ndim) if j != i)))
-    return zeros_at(zero, dtype)
 
 
 def _masked(leaf: Any, mask: np.ndarray) -> Any:

@@ -17,7 +17,7 @@ from jaxprune.structure.facts import Place
 from jaxprune.structure.layers import Layer, layer_of
 from jaxprune.structure.program import bind, trace, walk
 from jaxprune.structure.rules.calls import called, closed_call, scan_sizes
-from jaxprune.structure.sources import Product, read
+from jaxprune.structure.sources import read
 from jaxprune.types import Apply, Array, Params
 
 _Found = dict[Layer, Any]
@@ -83,10 +83,8 @@ def _collector(apply: Apply, params: Params, x: Any, reduce: Any) -> Callable[..
     leaves = trees.paths_and_leaves(abstract)
     reading = read(closed, [leaf.ndim for _, leaf in leaves])
     wanted = {
-        place: product._replace(
-            orders={layer_of(use, leaves, reading.last): o for use, o in product.orders.items()}
-        )
-        for place, product in reading.products.items()
+        place: (operand, {layer_of(use, leaves, reading.last): o for use, o in orders.items()})
+        for place, (operand, orders) in reading.products.items()
     }
 
     def run(params: Params, x: Any) -> _Found:
@@ -101,7 +99,7 @@ def _run(
     closed: ClosedJaxpr,
     args: Any,
     at: Place,
-    wanted: dict[Place, Product],
+    wanted: dict[Place, tuple[int, dict[Layer, tuple[int, ...]]]],
     reduce: Callable[[Array], Any],
     found: _Found,
 ) -> list[Any]:

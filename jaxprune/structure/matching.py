@@ -23,14 +23,17 @@ def belonging(
         shape: likewise; one of a single element lacks no axes.
         shapes: of the parameters, by path.
     """
-    parts, longest = path.split("/"), 0
+    if shapes.get(path) == shape:
+        return [(path, tuple(range(len(shape))))]
+    parts, longest = path.split("/"), 1
     found: list[tuple[str, tuple[int, ...]]] = []
     for name, whole in shapes.items():
-        length = _suffix(parts, name.split("/"))
+        if (length := _suffix(parts, name.split("/"))) < longest:
+            continue
         some = math.prod(shape) != 1 or len(shape) == len(whole)
         fits = [axes for axes in itertools.combinations(range(len(whole)), len(shape))
                 if some and tuple(whole[i] for i in axes) == shape]  # fmt: skip
-        if length and fits and length >= longest:
+        if fits:
             found = [] if length > longest else found
             longest = length
             found += [(name, axes) for axes in fits]

@@ -12,16 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
-from jaxprune.structure.axes import runs
+from jaxprune.structure import origins
 from jaxprune.structure.facts import Place
+from jaxprune.structure.origins import NOTHING, Axis, union
 from jaxprune.structure.program import walk
 from jaxprune.structure.rules import RULES
 from jaxprune.structure.rules.calls import called, closed_call, scan_sizes
-
-Axis = frozenset[tuple[int, int]]
-"""What an axis of a value is made of: leaves by number, and their axes."""
-
-_NOTHING: Axis = frozenset()
+from jaxprune.structure.rules.products import numbers_of
 
 
 class Use(NamedTuple):
@@ -76,7 +73,7 @@ def read(closed: ClosedJaxpr, ranks: Sequence[int]) -> Reading:
     inputs = [_leaf(i, ndim) for i, ndim in enumerate(ranks)]
     inputs += [_Value(None) for _ in closed.jaxpr.invars[len(ranks) :]]
     reader = _Reader()
-    near = _union([value.near for value in reader.run(closed, inputs)])
+    near = union([value.near for value in reader.run(closed, inputs)])
     after = {
         leaf
         for leaf in near
@@ -92,46 +89,6 @@ def read(closed: ClosedJaxpr, ranks: Sequence[int]) -> Reading:
     return Reading(uses, {*near} - after, reader.products)
 
 
-class _Algebra:
-    """What `rules` make of axes here: those of a result have what those of operands had."""
-
-    @staticmethod
-    def fresh(n: int, reason: str | None = None) -> Axis:
-        return _NOTHING
-
-    @staticmethod
-    def freeze(axis: Axis, reason: str) -> None:
-        pass
-
-    @staticmethod
-    def same(*axes: Axis) -> Axis:
-        return _union(axes)
-
-    @staticmethod
-    def merged(*axes: Axis) -> Axis:
-        return _union(axes)
-
-    @staticmethod
-    def joined(axes: Sequence[Axis]) -> Axis:
-        return _union(axes)
-
-    @staticmethod
-    def split(axis: Axis, sizes: Sequence[int]) -> tuple[Axis, ...]:
-        return (axis,) * len(sizes)
-
-    @staticmethod
-    def reshape(axes: Sequence[Axis], old: Sequence[int], new: Sequence[int]) -> tuple[Axis, ...]:
-        """Return the axes of a reshape: of each shortest run, all have what one had."""
-        found = [_NOTHING] * len(new)
-        for before, after in runs(old, new) if 0 not in old else ():
-            one = all(n == 1 for n in old[before])
-            merged = _union([a for a, n in zip(axes[before], old[before], strict=True)
-                             if n > 1 or one])  # fmt: skip
-            for k in range(len(new))[after]:
-                found[k] = merged if new[k] > 1 or one else _NOTHING
-        return tuple(found)
-
-
 class _Weights(NamedTuple):
     """What a value is made of that is computed from leaves and constants alone.
 
@@ -144,7 +101,7 @@ class _Weights(NamedTuple):
 
     axes: tuple[Axis, ...]
     leaves: frozenset[int] = frozenset()
-    inner: Axis = _NOTHING
+    inner: Axis = NOTHING
     lookups: frozenset[tuple[int, int]] = frozenset()
 
 
@@ -177,22 +134,18 @@ def _leaf(number: int, ndim: int) -> _Value:
 
 
 def _constant(value: Any) -> _Value:
-    return _Value(_Weights((_NOTHING,) * np.ndim(value)), data=False)
-
-
-def _union(sets: Sequence[Any]) -> frozenset:
-    return frozenset().union(*sets)
+    return _Value(_Weights((NOTHING,) * np.ndim(value)), data=False)
 
 
 def _made_of(parts: Sequence[_Weights], axes: Sequence[Axis]) -> _Weights:
     """Return what is made of several, with these axes."""
-    leaves, inner, lookups = (_union([part[i] for part in parts]) for i in (1, 2, 3))
+    leaves, inner, lookups = (union([part[i] for part in parts]) for i in (1, 2, 3))
     return _Weights(tuple(axes), leaves, inner, lookups)
 
 
 def _after(values: Sequence[_Value], weights: _Weights | None = None) -> _Value:
     """Return what is computed from several values."""
-    near, before = (_union([value[i] for value in values]) for i in (2, 3))
+    near, before = (union([value[i] for value in values]) for i in (2, 3))
     return _Value(weights, any(value.data for value in values), near, before)
 
 
@@ -202,7 +155,7 @@ def _either(values: Sequence[_Value]) -> _Value:
     parts = [value.weights for value in values if value.weights is not None]
     if found.data:
         return found
-    axes = [_union(each) for each in zip(*(part.axes for part in parts), strict=True)]
+    axes = [union(each) for each in zip(*(part.axes for part in parts), strict=True)]
     return found._replace(weights=_made_of(parts, axes))
 
 
@@ -263,7 +216,7 @@ class _Reader:
         """Note a product of which operand `k` is weights, and return its result."""
         weights = ins[k].weights
         assert weights is not None
-        kind, sums, batch, window = _numbers(eqn)
+        kind, sums, batch, window = numbers_of(eqn)
         options: dict[str, Any] = {}
         if kind == "convolution":
             options = {
@@ -273,7 +226,7 @@ class _Reader:
         orders: dict[Use, tuple[int, ...]] = {}
 
         def among(leaf: int, dims: Sequence[int]) -> tuple[int, ...]:
-            found = _union([weights.axes[i] for i in dims])
+            found = union([weights.axes[i] for i in dims])
             return tuple(sorted(axis for number, axis in found if number == leaf))
 
         for leaf in sorted(weights.leaves):
@@ -291,7 +244,7 @@ class _Reader:
         self.experts |= weights.lookups
         noted = {use.leaf for use in self.uses if use.leaf in weights.leaves and use.contracted}
         near = frozenset(noted) or weights.leaves
-        before = _union([v.before for v in ins])
+        before = union([v.before for v in ins])
         for leaf in near:
             self.before[leaf] = self.before.get(leaf, frozenset()) | before
         return _Value(None, near=near, before=before | near, product=near)
@@ -331,21 +284,21 @@ def _note_bias(
 _SHAPES = frozenset("reshape transpose squeeze broadcast_in_dim convert_element_type neg".split())
 
 
-def _axes_of(eqn: Any, ins: Sequence[tuple[Axis, ...]]) -> Sequence[tuple[Axis, ...]]:
+def _axes_of(eqn: Any, ins: Sequence[Any]) -> Sequence[Any]:
     """Return what the axes of results are made of; of an unknown primitive, by their places."""
     if rule := RULES.get(eqn.primitive.name):
-        return rule.axes(eqn, ins, _Algebra)
+        return rule.axes(eqn, ins, origins)
     found = []
     for out in eqn.outvars:
         shape = out.aval.shape
         alike = [axes for axes, x in zip(ins, eqn.invars, strict=True) if x.aval.shape == shape]
-        found.append(tuple(_union([axes[i] for axes in alike]) for i in range(len(shape))))
+        found.append(tuple(union([axes[i] for axes in alike]) for i in range(len(shape))))
     return found
 
 
 def _product(reader: _Reader, eqn: Any, ins: list[_Value]) -> list[_Value]:
     """Do a product: of weights and data, of weights that make others, or of data."""
-    _, sums, *_ = _numbers(eqn)
+    _, sums, *_ = numbers_of(eqn)
     made = [k for k in (0, 1) if ins[k].made and sums[k]]
     if len(made) == 1 and ins[1 - made[0]].data:
         return [reader.multiply(eqn, made[0], ins)]
@@ -359,32 +312,18 @@ def _product(reader: _Reader, eqn: Any, ins: list[_Value]) -> list[_Value]:
             reader.uses |= {Use(leaf, "factor"): None for leaf in sorted(value.weights.leaves)}
         return [found]
     parts = [value.weights for value in ins if value.weights is not None]
-    inner = _union([part.axes[i] for part, at in zip(parts, sums, strict=False) for i in at])
+    inner = union([part.axes[i] for part, at in zip(parts, sums, strict=False) for i in at])
     (axes,) = _axes_of(eqn, [part.axes for part in parts])
     made = _made_of(parts, axes)
     return [found._replace(weights=made._replace(inner=made.inner | inner))]
-
-
-_Both = tuple[Sequence[int], Sequence[int]]
-
-
-def _numbers(eqn: Any) -> tuple[str, _Both, _Both, Sequence[int]]:
-    """Return the kind of a product, the axes summed over and batched, and a kernel's window."""
-    if eqn.primitive.name == "conv_general_dilated":
-        _, inputs, *window = eqn.params["dimension_numbers"].rhs_spec
-        return "convolution", ((), (inputs, *window)), ((), ()), window
-    numbers = eqn.params.get("dimension_numbers")
-    if numbers is None:  # of rows that are sorted by experts
-        numbers = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
-    return "dense", *numbers, ()
 
 
 def _chosen_weights(weights: _Weights | None, sums: Sequence[int]) -> bool:
     """Tell whether what was looked up has inputs and outputs of its own, as an expert has."""
     if weights is None or not weights.leaves:
         return False
-    summed = _union([weights.axes[i] for i in sums])
-    kept = _union([axis for i, axis in enumerate(weights.axes) if i not in sums])
+    summed = union([weights.axes[i] for i in sums])
+    kept = union([axis for i, axis in enumerate(weights.axes) if i not in sums])
     return bool(summed) and bool(kept)
 
 
@@ -397,14 +336,14 @@ def _lookup(reader: _Reader, eqn: Any, ins: list[_Value]) -> list[_Value]:
         return _plain(reader, eqn, ins)
     weights = operand.weights
     assert weights is not None
-    others = [(_NOTHING,) * x.aval.ndim for x in eqn.invars[1:]]
+    others = [(NOTHING,) * x.aval.ndim for x in eqn.invars[1:]]
     (axes,) = _axes_of(eqn, [weights.axes, *others])
     sizes = zip(shape, eqn.params["slice_sizes"], strict=True)
     indexed = {i for i, (n, taken) in enumerate(sizes) if n != taken}
     if gather:
         numbers = eqn.params["dimension_numbers"]
         indexed |= {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
-    found = _union([weights.axes[i] for i in indexed])
+    found = union([weights.axes[i] for i in indexed])
     new = {}
     for leaf in sorted({leaf for leaf, _ in found}):
         new[leaf, id(eqn)] = tuple(sorted(axis for number, axis in found if number == leaf))
@@ -422,7 +361,7 @@ def _scan(reader: _Reader, eqn: Any, ins: list[_Value]) -> list[_Value]:
         return reader.run(closed_call(eqn), [*fixed, *carry, *sliced])
 
     carry, stacked = reader.until_settled(ins[consts : consts + carries], step)
-    return [*carry, *(_on_axes(v, lambda axes: (_NOTHING, *axes)) for v in stacked)]
+    return [*carry, *(_on_axes(v, lambda axes: (NOTHING, *axes)) for v in stacked)]
 
 
 def _on_axes(value: _Value, f: Callable[[tuple[Axis, ...]], tuple[Axis, ...]]) -> _Value:

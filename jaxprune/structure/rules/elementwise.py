@@ -62,6 +62,8 @@ def _alike(
     """Return at which positions all operands hold one value each, if the result is not known."""
     alike = {}
     for i, n in enumerate(call.out):
+        if not any(i in facts.alike or (facts.axes and facts.axes[i]) for facts in ins):
+            continue
         own = [a[i] for a, shape in zip(call.axes, shapes, strict=True) if shape and shape[i] == n]
         if not own or all(atom.reason for atom in ax.atoms(own[0])):
             continue

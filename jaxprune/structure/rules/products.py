@@ -22,6 +22,20 @@ KERNEL_WINDOW = "the window of a convolution"
 _SUMS = "sums over it what is not zero"
 
 
+_Both = tuple[Sequence[int], Sequence[int]]
+
+
+def numbers_of(eqn: Any) -> tuple[str, _Both, _Both, Sequence[int]]:
+    """Return the kind of a product, the axes summed over and batched, and a kernel's window."""
+    if eqn.primitive.name == "conv_general_dilated":
+        _, inputs, *window = eqn.params["dimension_numbers"].rhs_spec
+        return "convolution", ((), (inputs, *window)), ((), ()), window
+    numbers = eqn.params.get("dimension_numbers")
+    if numbers is None:  # of rows that are sorted by experts
+        numbers = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+    return "dense", *numbers, ()
+
+
 def _dot(eqn: Any, ins: Sequence[Axes], algebra: Any) -> list[Axes]:
     (left_sum, right_sum), (left_batch, right_batch) = eqn.params["dimension_numbers"]
     left, right = ins

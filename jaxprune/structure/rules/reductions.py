@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxprune.structure import axes as ax
 from jaxprune.structure.axes import Axes
-from jaxprune.structure.facts import Facts, Known, only, share
+from jaxprune.structure.facts import Facts, Known, only, share, zeros_at
 from jaxprune.structure.rules.base import Call, Resized, Rule, unknown_axes, unknown_facts
 
 _MATTERS = "runs over it and a removed unit's value is not neutral"
@@ -152,9 +152,8 @@ def _fft(eqn: Any, ins: Sequence[Axes], algebra: Any) -> list[Axes]:
 
 def _fft_facts(call: Call, ins: Sequence[Facts]) -> list[Facts]:
     first = len(call.out) - len(call.eqn.params["fft_lengths"])
-    found = [known is not None and known[0] & (known[1] == 0) for known in ins[0].axes[:first]]
-    zero = [None if z is False else (z, np.zeros(z.size, call.dtype)) for z in found]
-    return [Facts((*zero, *[None] * (len(call.out) - first)))]
+    zero = [None if k is None else k[0] & (k[1] == 0) for k in ins[0].axes[:first]]
+    return [zeros_at([*zero, *[None] * (len(call.out) - first)], call.dtype)]
 
 
 RULES = {
