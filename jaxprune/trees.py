@@ -95,7 +95,8 @@ def encode_containers(tree: Any) -> Any:
     if tree is not None and not jax.tree_util.all_leaves([tree]):
         raise TypeError(
             "containers must be dict (with keys of str or int), list, tuple or None, "
-            f"got {type(tree).__name__} (flax.core.unfreeze or nnx.to_pure_dict make dicts)"
+            f"got {type(tree).__name__}: flax.core.unfreeze and nnx.to_pure_dict make dicts, and "
+            "jax.tree.leaves a list of whatever it is, such as an Equinox module"
         )
     return None if tree is None else "leaf"
 

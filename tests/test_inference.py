@@ -6,6 +6,7 @@ import time
 import warnings
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -138,6 +139,20 @@ def test_networks(name: str, count: int, sparse: None) -> None:
     check(fast, apply, params, masks, network.x)
     check(fast, apply, params, masks, network.second_x)
     assert calls(fast, network.x) == count
+
+
+def test_equinox_kernels_are_outputs_by_inputs(sparse: None) -> None:
+    model = eqx.nn.MLP(12, 5, 30, 2, key=jax.random.key(0))
+    params, static = eqx.partition(model, eqx.is_array)
+
+    def apply(params: Any, x: Any) -> Any:
+        return jax.vmap(eqx.combine(params, static))(x)
+
+    masks = random_masks(params, 0.4)
+    fast = jp.compile_sparse(apply, params, masks, inputs(7, 12))
+    for rows in (7, 33):
+        check(fast, apply, params, masks, inputs(rows, 12))
+    assert calls(fast, inputs(7, 12)) == 3
 
 
 @pytest.mark.parametrize("shape", [(1,), (40,), (3, 2), (0,), ()], ids=str)

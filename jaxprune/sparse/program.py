@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Literal, Var
+from jax.extend.core import Literal, Var
 
-from jaxprune.structure.program import bind
+from jaxprune.structure.program import bind, walk
+from jaxprune.structure.rules.calls import called
 from jaxprune.types import Apply, Params
 
 _INLINED = frozenset(
@@ -186,41 +187,46 @@ class Inlined(NamedTuple):
         wanted = [weights for _, _, weights, _ in found]
         wanted += [var for var in others if isinstance(var, Var) and var in sources]
         value = dict(zip(wanted, map(np.asarray, self.values(wanted)), strict=True))
-        products = []
-        for i, x, weights, swapped in found:
-            (axes, fixed), _ = eqns[i].params["dimension_numbers"]
-            if swapped:
-                axes, fixed = fixed, axes
-            matrix = np.moveaxis(value[weights], fixed, range(len(fixed)))
-            free = matrix.shape[len(fixed) :]
-            matrix = matrix.reshape(-1, math.prod(free))
-            members, bias, relu = [i], None, False
-            at, name, other = follower(eqns[i].outvars[0])
-            if name == "add" and isinstance(other, Var) and other in value and not swapped:
-                bias = _bias(value[other], eqns[i].outvars[0].aval.shape, free)
-                if bias is not None:
-                    members = [*members, at]
-                    at, name, other = follower(eqns[at].outvars[0])
-            if name == "max" and isinstance(other, Literal) and not np.any(other.val):
-                members, relu = [*members, at], True
-            out = eqns[members[-1]].outvars[0]
-            layer = Layer(matrix, bias, relu)
-            types = {v.aval.dtype for v in (x, weights, out)}
-            products.append(
-                Product(
-                    equations=tuple(members),
-                    x=x,
-                    axes=axes,
-                    layer=layer,
-                    free=free,
-                    swapped=swapped,
-                    out=out,
-                    leaves=sources[weights],
-                    float32=types == {jnp.dtype(jnp.float32)},
-                    single=follower(out)[0] >= 0,
-                )
-            )
-        return products
+        return [
+            self._product(i, x, weights, swapped, value, sources[weights], follower)
+            for i, x, weights, swapped in found
+        ]
+
+    def _product(
+        self, i: int, x: Any, weights: Any, swapped: bool, value: dict[Any, np.ndarray],
+        leaves: frozenset[int], follower: Callable[[Any], tuple[int, str, Any]],
+    ) -> Product:  # fmt: skip
+        """Return a product, of its equation's number, with the bias and ReLU that follow it."""
+        eqns = self.jaxpr.eqns
+        (axes, fixed), _ = eqns[i].params["dimension_numbers"]
+        if swapped:
+            axes, fixed = fixed, axes
+        matrix = np.moveaxis(value[weights], fixed, range(len(fixed)))
+        free = matrix.shape[len(fixed) :]
+        matrix = matrix.reshape(-1, math.prod(free))
+        members, bias, relu = [i], None, False
+        at, name, other = follower(eqns[i].outvars[0])
+        if name == "add" and isinstance(other, Var) and other in value and not swapped:
+            bias = _bias(value[other], eqns[i].outvars[0].aval.shape, free)
+            if bias is not None:
+                members = [*members, at]
+                at, name, other = follower(eqns[at].outvars[0])
+        if name == "max" and isinstance(other, Literal) and not np.any(other.val):
+            members, relu = [*members, at], True
+        out = eqns[members[-1]].outvars[0]
+        types = {v.aval.dtype for v in (x, weights, out)}
+        return Product(
+            equations=tuple(members),
+            x=x,
+            axes=axes,
+            layer=Layer(matrix, bias, relu),
+            free=free,
+            swapped=swapped,
+            out=out,
+            leaves=leaves,
+            float32=types == {jnp.dtype(jnp.float32)},
+            single=follower(out)[0] >= 0,
+        )
 
     def _live(
         self, wanted: Sequence[Any], chains: Sequence[Chain]
@@ -271,21 +277,14 @@ class Inlined(NamedTuple):
 
 def _inline(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
     """Run a program with the calls in it as if they were written out."""
-    env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
 
-    def read(x: Any) -> Any:
-        return x.val if isinstance(x, Literal) else env[x]
+    def step(_: int, eqn: Any, values: list[Any]) -> list[Any]:
+        inner = called(eqn) if eqn.primitive.name in _INLINED else None
+        if inner is None:
+            return bind(eqn, values, eqn.params)
+        return _inline(inner.jaxpr, inner.consts, values)
 
-    for eqn in jaxpr.eqns:
-        values = [read(x) for x in eqn.invars]
-        inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-        if eqn.primitive.name in _INLINED and inner is not None:
-            closed = inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ())
-            outs = _inline(closed.jaxpr, closed.consts, values)
-        else:
-            outs = bind(eqn, values, eqn.params)
-        env.update(zip(eqn.outvars, outs, strict=True))
-    return [read(x) for x in jaxpr.outvars]
+    return walk(jaxpr, consts, args, step)
 
 
 def _bias(added: np.ndarray, shape: tuple[int, ...], free: tuple[int, ...]) -> np.ndarray | None:
