@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import jaxprune as jp
-from jaxprune.sparse import inference, kernel, packing
+from jaxprune.sparse import inference, kernel, layout, packing
 from jaxprune.sparse.program import Layer
 from tests import zoo
 from tests.compare import masked_by_hand
@@ -75,7 +75,7 @@ def calls(fast: Any, x: Any) -> int:
     return str(jax.make_jaxpr(fast)(x)).count("ffi_call[")
 
 
-@pytest.mark.parametrize("tile", [0, *kernel.TILES])
+@pytest.mark.parametrize("tile", [0, *layout.TILES])
 @pytest.mark.parametrize("rows", [0, 1, 5, 16, 33, 64, 150])
 def test_kernel(tile: int, rows: int) -> None:
     rng = np.random.default_rng(rows)
@@ -94,7 +94,7 @@ def test_kernel(tile: int, rows: int) -> None:
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * scale)
 
 
-@pytest.mark.parametrize("tile", [0, *kernel.TILES])
+@pytest.mark.parametrize("tile", [0, *layout.TILES])
 def test_relu_keeps_nan(tile: int) -> None:
     layer = Layer(np.eye(20, dtype=np.float32), None, relu=True)
     x = jnp.zeros((1, 20)).at[0, :8].set(jnp.array([np.nan, -1.0, np.inf, -np.inf, 0, 1, 2, 3]))
@@ -102,7 +102,7 @@ def test_relu_keeps_nan(tile: int) -> None:
     np.testing.assert_array_equal(found[:, :8], [[np.nan, 0, np.inf, 0, 0, 1, 2, 3]])
 
 
-@pytest.mark.parametrize("tile", [0, *kernel.TILES])
+@pytest.mark.parametrize("tile", [0, *layout.TILES])
 def test_packed_size(tile: int) -> None:
     layer = Layer(
         (np.random.default_rng(0).random((1000, 1000)) < 0.01).astype(np.float32), None, True

@@ -1,4 +1,4 @@
-"""A chain of layers as one array, which the kernel of `kernel` takes.
+"""A chain of layers as one array, which `kernel` takes.
 
 Layers come in from `inference`. What is kept of their weights is laid out for the rows that there
 will be; a layer of which most is kept is laid out whole, for there the indices cost more.
@@ -9,13 +9,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxprune.sparse import kernel
-from jaxprune.sparse.kernel import BLOCK, BY_COLUMNS, FIELDS, HEADER, TILES, UNROLLED
+from jaxprune.sparse import layout
+from jaxprune.sparse.layout import BLOCK, BY_COLUMNS, FIELDS, HEADER, TILES, UNROLLED
 from jaxprune.sparse.program import Layer
 
-# Measured, by the rows of a tile: the density from which dense is faster; the multiply-adds that
-# are worth another thread, which wakes up late; and the rows up to which the kernel by columns is
-# faster, of a dense network, and at least.
+# Measured. By the rows of a tile: the density from which a layer is faster laid out whole, and the
+# multiply-adds that are worth another thread, which wakes up late. The kernel by columns is faster
+# up to 64 rows times the density of the network, and up to 2 rows in any case.
 _DENSE_FROM = {BY_COLUMNS: 0.12, 16: 0.45, 64: 0.6}
 _SHARE = {BY_COLUMNS: 1 << 19, 16: 1 << 21, 64: 1 << 21}
 _FEW_ROWS = 64, 2
@@ -60,26 +60,26 @@ def pack(layers: Sequence[Layer], rows: int, tile: int) -> np.ndarray:
         work += rows * (weights.size if dense else int(np.count_nonzero(weights)))
         parts = _parts(weights, density, rows, tile)
         field = header[HEADER + n * FIELDS :][:FIELDS]
-        field[[kernel.INPUTS, kernel.OUTPUTS, kernel.PARTS]] = inputs, outputs, parts
-        field[[kernel.RELU, kernel.DENSE]] = relu, dense
+        field[[layout.INPUTS, layout.OUTPUTS, layout.PARTS]] = inputs, outputs, parts
+        field[[layout.RELU, layout.DENSE]] = relu, dense
         bias = np.zeros(outputs) if bias is None else bias
-        field[kernel.BIAS] = add(np.pad(bias, (0, padding)).astype(np.float32))
+        field[layout.BIAS] = add(np.pad(bias, (0, padding)).astype(np.float32))
         if dense:
             blocks = np.pad(weights, ((0, 0), (0, padding))).reshape(inputs, -1, block)
-            field[kernel.VALUES] = add(np.ascontiguousarray(blocks.swapaxes(0, 1)).ravel())
+            field[layout.VALUES] = add(np.ascontiguousarray(blocks.swapaxes(0, 1)).ravel())
         else:
             starts, indices, values = _lists(weights, parts, tile)
-            field[kernel.STARTS] = add(starts)
-            field[kernel.INDICES] = add(indices)
-            field[kernel.VALUES] = add(values)
+            field[layout.STARTS] = add(starts)
+            field[layout.INDICES] = add(indices)
+            field[layout.VALUES] = add(values)
     fields = header[HEADER:].reshape(-1, FIELDS)
-    widest = fields[:, [kernel.INPUTS, kernel.OUTPUTS]].max()
+    widest = fields[:, [layout.INPUTS, layout.OUTPUTS]].max()
     header[:HEADER] = (
         len(layers),
         tile,
         widest + -widest % 16 + 64,
         size,
-        _threads(work, tile) if tile else fields[:, kernel.PARTS].max(),
+        _threads(work, tile) if tile else fields[:, layout.PARTS].max(),
     )
     head = header.view(np.int32)
     return np.concatenate([np.pad(head, (0, -head.size % 16)), *sections])
@@ -91,14 +91,14 @@ def work(packed: np.ndarray, rows: int) -> tuple[int, int]:
     fields = packed[: 2 * (HEADER + layers * FIELDS)].view(np.int64)[HEADER:].reshape(-1, FIELDS)
     count = 0
     for field in fields:
-        inputs, outputs, parts = field[[kernel.INPUTS, kernel.OUTPUTS, kernel.PARTS]]
-        if field[kernel.DENSE]:
+        inputs, outputs, parts = field[[layout.INPUTS, layout.OUTPUTS, layout.PARTS]]
+        if field[layout.DENSE]:
             count += inputs * outputs
         elif tile == BY_COLUMNS:
-            ends = packed[field[kernel.STARTS] :][: parts * (inputs + 1)].reshape(parts, -1)
+            ends = packed[field[layout.STARTS] :][: parts * (inputs + 1)].reshape(parts, -1)
             count += (ends[:, -1] - ends[:, 0]).sum()
         else:
-            count += packed[field[kernel.STARTS] + parts * outputs]
+            count += packed[field[layout.STARTS] + parts * outputs]
     buffers = tile * min(threads, -(-rows // tile)) if tile else rows
     return rows * int(count), int(8 * widest * buffers)
 
