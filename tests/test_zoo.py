@@ -244,7 +244,9 @@ LARGER = {  # as they are, too small for their units to count
 def test_measured_time_falls(name: str) -> None:
     network = LARGER.get(name, zoo.NETWORKS[name])()
     params = network.init(jax.random.key(0))
-    masks = group_masks(dependency_graph(network.apply, params, network.x), params, 0.8, min_units=0)
+    masks = group_masks(
+        dependency_graph(network.apply, params, network.x), params, 0.8, min_units=0
+    )
     plan = quietly(compaction, network.apply, params, masks, network.x)
     vectors = network.x.ndim == 2 and jnp.issubdtype(network.x.dtype, jnp.inexact)
     x = network.inputs(2**12 if vectors else 2**10, network.sizes[-1])

@@ -8,7 +8,6 @@ is faster here. A function of inputs goes out.
 import hashlib
 import math
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -21,13 +20,10 @@ from jax.core import Tracer
 
 from jaxprune import trees
 from jaxprune.masks import check_masks
+from jaxprune.sparse.measure import fastest
 from jaxprune.sparse.program import Inlined, Product, chains
 from jaxprune.structure import Compaction
 from jaxprune.types import Apply, Masks, Params
-
-# A measurement: of so many rounds at least, and at most, and of so many seconds in between.
-_ROUNDS = 9, 30
-_SECONDS = 0.5
 
 
 def compile_sparse(apply: Apply, params: Params, masks: Masks, x: Any) -> "SparseNetwork":
@@ -53,8 +49,9 @@ def compile_sparse(apply: Apply, params: Params, masks: Masks, x: Any) -> "Spars
 
     Returns:
         A function of inputs like `x`, to be called as it is or under `jit`. It holds copies of the
-        kept weights. At inputs of another shape or dtype it measures anew, once, for which it needs
-        memory for the dense weights too. It equals `apply(apply_masks(params, masks), x)` up to
+        kept weights. At inputs of another shape or dtype it is compiled anew, for which it needs
+        memory for the dense weights too; it is measured anew where there are more than four times
+        as many rows, or as few. It equals `apply(apply_masks(params, masks), x)` up to
         rounding. Its `report(x)` tells what is run.
 
     Raises:
@@ -145,6 +142,29 @@ class _Choice(NamedTuple):
         return self.function(self.constants, x)
 
 
+class _Size(NamedTuple):
+    """What inputs have in common at which the same is fastest.
+
+    Attributes:
+        tiles: of every product that can be sparse, which kernel it is for.
+        rows: of every product.
+    """
+
+    tiles: tuple[int, ...]
+    rows: tuple[int, ...]
+
+    @classmethod
+    def of(cls, products: Sequence[Product], possible: Sequence[Product]) -> "_Size":
+        if possible:
+            from jaxprune.sparse import packing  # which imports Numba
+        tiles = tuple(packing.tile_for([product.layer], _rows(product)) for product in possible)
+        return cls(tiles, tuple(map(_rows, products)))
+
+    def like(self, other: "_Size") -> bool:
+        near = (max(a, b) <= 4 * min(a, b) for a, b in zip(self.rows, other.rows, strict=True))
+        return self.tiles == other.tiles and all(near)
+
+
 class SparseNetwork:
     """A function of inputs, made by `compile_sparse`: a program for every shape of inputs seen."""
 
@@ -159,6 +179,8 @@ class SparseNetwork:
         self._example = [_copy(leaf) for leaf in jax.tree.leaves(x)]
         self._programs: dict[Any, _Choice] = {}
         self._constants: dict[bytes, Any] = {}
+        # What is run sparsely, by the size that it was measured at; None: all as given.
+        self._found: list[tuple[_Size, Sequence[int] | None]] = []
         self._lock = threading.RLock()
 
     def __call__(self, x: Any) -> Any:
@@ -203,19 +225,29 @@ class SparseNetwork:
                 "no masked leaf is the weights of a matrix product outside of loops (and of one, "
                 "not of a stack): there is nothing to run sparsely; `compact` removes units alone"
             )
-        whole = _dense_work(Inlined.of(self._apply, params, x).products())
-        choices = [
-            _Choice(jax.jit(self._apply), jax.tree.map(jnp.asarray, params), whole),
-            _with_sparse(program, [], products),
-        ]
-        possible = [product for product in products if product.float32]
-        if possible and jax.default_backend() == "cpu":
-            chosen = _faster_alone(program, possible, x)
-            different = 0 < len(chosen) < len(possible)
-            some = (possible, chosen)[: 1 + different]
-            choices += [_with_sparse(program, sparse, products) for sparse in some]
-        best = choices[_fastest(choices, x)]
-        return best._replace(constants=jax.tree.map(self._shared, best.constants))
+        on_cpu = jax.default_backend() == "cpu"
+        possible = [product for product in products if product.float32 and on_cpu]
+
+        def choice(sparse: Sequence[int] | None) -> _Choice:
+            if sparse is not None:
+                return _with_sparse(program, [possible[i] for i in sparse], products)
+            work = _dense_work(Inlined.of(self._apply, params, x).products())
+            return _Choice(jax.jit(self._apply), jax.tree.map(jnp.asarray, params), work)
+
+        size = _Size.of(products, possible)
+        for known, sparse in self._found:
+            if size.like(known):
+                found = choice(sparse)
+                break
+        else:
+            every, alone = [*range(len(possible))], _faster_alone(program, possible, x)
+            ways = [None, [], every, alone]
+            ways = [way for i, way in enumerate(ways) if way not in ways[:i]]
+            choices = [*map(choice, ways)]
+            best = fastest(choices, x)
+            self._found.append((size, ways[best]))
+            found = choices[best]
+        return found._replace(constants=jax.tree.map(self._shared, found.constants))
 
     def _shared(self, constant: Any) -> Any:
         """Return an array that programs of other shapes may hold already."""
@@ -326,14 +358,16 @@ def _rows(product: Product) -> int:
     return math.prod(size for axis, size in sizes if axis not in product.axes)
 
 
-def _faster_alone(program: Inlined, products: Sequence[Product], x: Any) -> list[Product]:
-    """Return the products that are faster over the kept weights, each measured by itself."""
+def _faster_alone(program: Inlined, products: Sequence[Product], x: Any) -> list[int]:
+    """Return which products are faster over the kept weights, each measured by itself."""
+    if not products:
+        return []
     from jaxprune.sparse import kernel
 
     faster: dict[Any, bool] = {}
     chosen = []
     inputs = program.values([product.x for product in products], x)
-    for product, operand in zip(products, inputs, strict=True):
+    for i, (product, operand) in enumerate(zip(products, inputs, strict=True)):
         weights, bias, relu = product.layer
         key = _rows(product), weights.shape, np.count_nonzero(weights), bias is None, relu
         if key not in faster:
@@ -352,40 +386,7 @@ def _faster_alone(program: Inlined, products: Sequence[Product], x: Any) -> list
                 partial(jax.jit(dense), constants),
                 partial(jax.jit(sparse), _packed([product], rows.shape[0])),
             ]
-            faster[key] = _fastest(choices, rows) == 1
+            faster[key] = fastest(choices, rows) == 1
         if faster[key]:
-            chosen.append(product)
+            chosen.append(i)
     return chosen
-
-
-def _fastest(choices: Sequence[Callable[[Any], Any]], x: Any) -> int:
-    """Return which function is fastest at `x`, of those that return what the first does."""
-    expected = jax.block_until_ready(choices[0](x))
-    others = enumerate(choices[1:], 1)
-    valid = [0, *(i for i, choice in others if _same(choice(x), expected))]
-    seconds: dict[int, list[float]] = {i: [] for i in valid}
-    start = time.perf_counter()
-    # In turns, so that whatever else the machine does falls on all alike.
-    while len(seconds[0]) < _ROUNDS[0] or (
-        len(seconds[0]) < _ROUNDS[1] and time.perf_counter() - start < _SECONDS
-    ):
-        for i in valid:
-            begin = time.perf_counter()
-            jax.block_until_ready(choices[i](x))
-            seconds[i].append(time.perf_counter() - begin)
-    # Whatever else the machine does makes some calls slower, and none faster.
-    return min(valid, key=lambda i: float(np.quantile(seconds[i], 0.25)))
-
-
-def _same(found: Any, expected: Any) -> bool:
-    """Tell whether two networks return the same up to rounding, whatever is not a real number."""
-
-    def close(a: Any, b: Any) -> bool:
-        if (a.shape, a.dtype) != (b.shape, b.dtype) or not jnp.issubdtype(a.dtype, jnp.inexact):
-            return (a.shape, a.dtype) == (b.shape, b.dtype)
-        rounding = max(1e-5, 4 * float(jnp.finfo(a.dtype).eps))
-        a, b = (np.asarray(v).astype(np.result_type(v.dtype, np.float64)) for v in (a, b))
-        scale = np.max(np.abs(b), initial=0, where=np.isfinite(b))
-        return np.allclose(a, b, rtol=0, atol=rounding * scale, equal_nan=True)
-
-    return all(jax.tree.leaves(jax.tree.map(close, found, expected)))
