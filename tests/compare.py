@@ -49,7 +49,8 @@ def check_compact(
         plan: what `compaction` returns.
         inputs: what to evaluate at.
         tolerance: relative to the largest number of an output, or of a leaf's gradient. Gradients
-            that cancel, as of the biases of keys, are compared to rounding errors of the others.
+            that cancel, as of the biases of keys, are compared to rounding errors of the others and
+            of the outputs.
         folded: whether constants were folded into biases: what is removed had gradients then.
     """
     full, compact = masked_by_hand(params, masks), derivative(plan.apply)
@@ -61,7 +62,8 @@ def check_compact(
             given, wanted = masked_by_hand(given, plan.shrink(masks)), plan.shrink(wanted)
         else:
             given = masked_by_hand(plan.expand(given), masks)
-        largest = max(np.max(np.abs(leaf), initial=0) for leaf in jax.tree.leaves(wanted))
+        sizes = jax.tree.leaves((wanted, expected))
+        largest = max(np.max(np.abs(leaf), initial=0) for leaf in sizes)
 
         def same(a: Any, b: Any, largest: Any = largest) -> None:
             rounding = 8 * np.finfo(b.dtype).eps * largest

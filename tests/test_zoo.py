@@ -236,6 +236,7 @@ FIRST_CONVOLUTION = ("LeNet-5, classic", "NNX")
 LARGER = {  # as they are, too small for their units to count
     "challenge MLP": partial(zoo.challenge_mlp, real=True),
     "MLP, LayerNorm": partial(zoo.norm_mlp, hidden=(512, 384)),
+    "MLP, LayerNorm, slow variance": partial(zoo.norm_mlp, hidden=(512, 384), fast=False),
 }
 
 
