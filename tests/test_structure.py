@@ -403,6 +403,13 @@ def test_merged_axes_are_not_axes_end_to_end() -> None:
 # What removed units share --------------------------------------------------------------------
 
 
+SPARSITIES = [
+    pytest.param(0.3, marks=pytest.mark.slow),
+    0.5,
+    pytest.param(0.8, marks=pytest.mark.slow),
+]
+
+
 def centred(x: Any) -> Any:
     return x - x.mean(-1, keepdims=True)
 
@@ -427,7 +434,7 @@ SHARED: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.8])
+@pytest.mark.parametrize("sparsity", SPARSITIES)
 @pytest.mark.parametrize("name", SHARED)
 def test_units_that_share_a_value_are_removed_exactly(name: str, sparsity: float) -> None:
     def apply(params: Any, x: Any) -> Any:
@@ -520,7 +527,7 @@ def rotated(x: Any) -> Any:
     return jnp.stack(pair, -1).reshape(x.shape)
 
 
-@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.8])
+@pytest.mark.parametrize("sparsity", SPARSITIES)
 @pytest.mark.parametrize("name", REACHED)
 def test_what_is_reached_shrinks_and_is_exact(name: str, sparsity: float) -> None:
     apply, shapes, shape, path = REACHED[name]
