@@ -267,18 +267,19 @@ class Benchmark:
                 lambda _: median(clock(dense, masked, x)[1] for _ in range(30)),  # noqa: B023
             )  # fmt: skip
 
-        levels, units = len(self.targets), self.masks["unit"]
+        levels, units, setup = len(self.targets), self.masks["unit"], self.setup
         carry = TrainState(self.start(levels), {}, ())
         whole = [Part(carry, self.masks["weight"])]
         self.compare(  # reading the program and taking the units out included
             f"evaluation of {levels} unit levels", ">= 3 x",
-            lambda: clock(lambda: self.score(compact(carry, units, self.setup)))[1],
+            lambda: clock(lambda: self.score(compact(carry, units, setup, setup.scoring)))[1],
             f"{levels} weight levels", lambda _: clock(self.score, whole)[1],
         )  # fmt: skip
         pruned = jax.tree.map(lambda leaf: leaf[1:], units)
         steps = max(1, round(self.epoch_steps / UPDATES_PER_EPOCH))
         self.start(levels - 1)
-        smaller, args = compact(self.carry, pruned, self.setup), self.batches(steps)
+        smaller = compact(self.carry, pruned, setup, setup.joined)
+        args = self.batches(steps)
         whole = [Part(self.carry, pruned)]
         self.compare(
             f"training of {levels - 1} unit levels, pruned, {steps} steps", ">= 3.3 x",

@@ -40,10 +40,10 @@ def main() -> None:
               file=sys.stderr, flush=True)  # fmt: skip
         os._exit(130)  # threads of a checkpoint's half-done writing would complain at a usual exit
     except NotFinite as error:
-        stop(1, f"{error}; the rows before it are kept")
-    except Exception as error:
+        stop(1, "; ".join([str(error), *getattr(error, "__notes__", ())]))
+    except (Exception, SystemExit) as error:
         if config and (place := place_in_own_code(error, config)):
-            stop(2, f"{place}: {type(error).__name__}: {error}")
+            stop(2, place)
         if isinstance(error, ValueError | OSError | ModuleNotFoundError):
             stop(2, str(error))
         if isinstance(error, TypeError):  # of what was made of the flags, such as integer leaves
@@ -144,13 +144,21 @@ def progress_display() -> Iterator[Callable[["Progress | str"], None]]:
         yield tell
 
 
-def place_in_own_code(error: Exception, config: Config) -> str:
-    """Return file and line where a function of the user's raised an error, "" if none did."""
+def place_in_own_code(error: BaseException, config: Config) -> str:
+    """Return the error with file and line where a function of the user's raised it, "" if none did.
+
+    It may be the cause of the one that is given, which then says more.
+    """
     specs = (*config.criteria, config.network, config.task or "")
     modules = (sys.modules.get(spec.partition(":")[0]) for spec in specs if ":" in spec)
     files = [getattr(module, "__file__", None) for module in modules]
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename in files]
-    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    words, cause = f"{type(error).__name__}: {error}", error
+    while cause is not None:
+        frames = [f for f in traceback.extract_tb(cause.__traceback__) if f.filename in files]
+        if frames:
+            return f"{frames[-1].filename}:{frames[-1].lineno}: {words}"
+        words, cause = str(error), cause.__cause__
+    return ""
 
 
 def stop(status: int, line: str) -> NoReturn:

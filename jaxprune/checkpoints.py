@@ -57,10 +57,13 @@ def check_writable(folder: Path) -> None:
                 "backslash or ends with a colon"
             )
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        file.write(b"0")
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # which names a temporary file, or none
+        raise OSError(error.errno, error.strerror or str(error), str(folder)) from error
 
 
 def save(path: Path, /, **items: PyTree) -> None:

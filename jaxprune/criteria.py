@@ -220,6 +220,8 @@ def check_scores(scores: Scores, params: Params, name: str = "scores") -> None:
     Raises:
         ValueError: names the criterion, the leaf and both shapes, or the dtype.
     """
+    if scores is None:
+        raise ValueError(f"criterion {name}: it returns None, not a tree of scores")
     for path, score in trees.paths_and_leaves(scores):
         if not isinstance(score, jax.Array | np.ndarray | np.generic | float):
             raise ValueError(

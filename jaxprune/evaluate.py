@@ -132,6 +132,16 @@ def evaluate_levels(
     return score(params, state, masks, data.val, data.test, reference)[0], reference
 
 
+def check_arrays(data: Data) -> None:
+    """Raise TypeError, naming split and axis, where a data set is not made of arrays."""
+    for name, split in zip(Data._fields, data, strict=True):
+        for axis, values in zip("xy", split, strict=True):
+            if not (hasattr(values, "dtype") and np.ndim(values)):
+                raise TypeError(
+                    f"{name} {axis} must be an array of examples, got {type(values).__name__}"
+                )
+
+
 def check_data(
     network: Network | Apply,
     params: Params,
@@ -153,8 +163,10 @@ def check_data(
 
     Raises:
         ValueError: one line that names the split, and the shapes where these do not fit.
+        TypeError: a split is not made of arrays.
     """
     network = networks.as_network(network)
+    check_arrays(data)
     for name in splits:
         x, y = getattr(data, name)
         if len(x) != len(y) or not len(y):

@@ -272,7 +272,7 @@ def test_criterion_refuses(f, message):
         ({"a": "high", "b": {"c": jnp.ones(2)}}, "the score 'a' is no array, but str"),
         (lambda p: 0, "the score '' is no array, but function"),
         (3.0, "scores has no leaf 'a'"),
-        (None, "scores has no leaf 'a'"),
+        (None, "returns None, not a tree of scores"),
     ],
 )
 def test_scores_are_checked(scores, message):

@@ -101,7 +101,7 @@ def test_given_validation_is_kept(tmp_path):
     np.testing.assert_array_equal(loaded.val.x, saved["x_val"])
     np.testing.assert_array_equal(loaded.train.y, saved["y_train"])
     del saved["y_val"]
-    with pytest.raises(DataError, match="small.npz: no array y_val, only x_train, "):
+    with pytest.raises(DataError, match="small.npz: no array y_val; it has x_train, "):
         load_npz(tmp_path, **saved)
 
 
@@ -200,7 +200,7 @@ def test_damaged_npz_files_are_refused(tmp_path):
         with pytest.raises(DataError, match="small.npz: cannot be read: Bad CRC-32 .* 'x_train"):
             data.load(f"npz:{path}")
     path.write_bytes(b"x_train")
-    with pytest.raises(DataError, match="small.npz: cannot be read: File is not a zip file"):
+    with pytest.raises(DataError, match="small.npz: not an npz archive, or cut short"):
         data.load(f"npz:{path}")
     with pytest.raises(DataError, match="none.npz: cannot be read: No such file"):
         data.load(f"npz:{tmp_path / 'none.npz'}")
@@ -318,7 +318,7 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(DataError, match="test: cannot be read: No such file"):
         data.load(f"folder:{tmp_path / 'one'}")
     save(tmp_path / "one" / "test" / "a" / "1.png", np.zeros((2, 2), np.uint8))
-    with pytest.raises(DataError, match="one/train: one class only, 0"):
+    with pytest.raises(DataError, match="one: one class only, a"):
         data.load(f"folder:{tmp_path / 'one'}")
     (tmp_path / "none" / "train").mkdir(parents=True)
     with pytest.raises(DataError, match="none/train: no folders of classes"):

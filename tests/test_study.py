@@ -220,7 +220,7 @@ def test_smaller_networks_train_and_score_as_masked_ones():
     args = x, y, batches, key, np.int32(0), np.int32(len(batches))
 
     assert parts.elementwise(carry, masks, setup)
-    smaller = parts.compact(carry, masks, setup)
+    smaller = parts.compact(carry, masks, setup, setup.joined)
     shapes = [[leaf.shape for leaf in jax.tree.leaves(part.carry.params)] for part in smaller]
     assert shapes == [[(1, 8, n), (1, n, m), (1, m, 3)] for n, m in ((12, 9), (4, 3))]
     trained, losses, _ = programs.train(smaller, *args)
@@ -276,6 +276,23 @@ def test_programs_are_compiled_once_for_all_levels_and_once_a_distinct_width(
     # dense with predictions and without, and two selections by two granularities; then training
     # and scoring of every width.
     assert jp.load_run(tmp_path / "run").config["compilations"] == 8 + 2 * widths
+
+
+def test_dropout_does_not_compile_what_is_scored_anew_for_every_set_of_units(tmp_path):
+    """The masks of five epochs keep other units; of training, dropout's bits differ by them."""
+
+    def train(params, state, x, key):
+        hidden = jax.nn.relu(x @ params["hidden_0"]["kernel"])
+        hidden = jnp.where(jax.random.bernoulli(key, 0.5, hidden.shape), hidden, 0)
+        hidden = jax.nn.relu(hidden @ params["hidden_1"]["kernel"])
+        return hidden @ params["logits"]["kernel"], state
+
+    study = {"levels": (0.0, 50.0), "granularities": ("unit",), "protocols": ("one_shot",)}
+    notes = []
+    sweep(tmp_path / "run", NETWORK._replace(train=train), report=notes.append, **study)
+    # Training, scoring dense and pruned, and a selection.
+    assert jp.load_run(tmp_path / "run").config["compilations"] == 4
+    assert notes[0].done < notes[-1].done == 1.0 and notes[-1].seconds_left == 0
 
 
 def test_traces_do_not_depend_on_seeds(full):
@@ -398,9 +415,22 @@ def test_scores_that_are_not_finite_stop_the_run_and_keep_the_rows(tmp_path, bro
     rows = jp.load_run(tmp_path / "run").rows
     assert len(rows) == (0 if broken_at is None else 2 * 2 * 5 - 2)
     if broken_at is None:
-        with pytest.raises(NotFinite, match="at epoch 0, seed 0"):
-            study = Study(criteria=(late,), levels=LEVELS)
+        study = Study(criteria=(late,), levels=LEVELS)
+        with pytest.raises(NotFinite, match=r"leaf 'hidden_1/kernel' \(late weight layer one_sh"):
             jp.prune_curve(apply, init(jax.random.key(0)), DATA, study)
+
+
+def test_a_network_given_with_nan_is_told_from_one_that_diverged():
+    params = jax.tree.map(lambda w: w * jnp.nan, init(jax.random.key(0)))
+    with pytest.raises(NotFinite, match=r"^the loss of the network as it is given is not finite$"):
+        jp.prune_curve(apply, params, DATA, Study(levels=LEVELS))
+
+
+def test_splits_of_lists_are_named():
+    params, (x, y) = init(jax.random.key(0)), DATA.val
+    for val, named in (((x, y.tolist()), "val y"), ((x.tolist(), y), "val x"), ((x, 3), "val y")):
+        with pytest.raises(TypeError, match=f"{named} must be an array of examples, got"):
+            jp.prune_curve(apply, params, DATA._replace(val=val))
 
 
 # Arms

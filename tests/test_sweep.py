@@ -268,12 +268,32 @@ def nan_once_pruned(params):
 def of_values(params):
     return jax.tree.map(lambda w: w if float(w.sum()) > 0 else -w, params)
 
+def nothing(params):
+    jax.tree.map(jnp.square, params)
+
+def leaves(params):
+    raise SystemExit("too small")
+
+def square_of_two(a, b):
+    return a, b
+
+def integer_loss(outputs, targets):
+    return targets
+
+def loss_that_fails(outputs, targets):
+    return {}["logits"]
+
 def wide_loss(outputs, targets):
     return outputs
 
 def nan_loss(outputs, targets):
     return jnp.sum(outputs, axis=1) * jnp.nan
 """
+
+
+def place(code):
+    """Return where some code of one's own stands, as a message has it."""
+    return f"own.py:{OWN[: OWN.index(code)].count(chr(10)) + 1}:"
 
 
 @pytest.fixture
@@ -301,17 +321,23 @@ def own(tmp_path, monkeypatch):
         ("--criteria own:not_callable", ["own:not_callable", "int"]),
         ("--criteria own:two_arguments", ["(params, problem, batch)", "two_arguments"]),
         ("--criteria own:other_tree", ["criterion other_tree", "scores", "hidden_0/kernel"]),
-        ("--criteria own:of_values", ["criterion of_values cannot be traced"]),
+        ("--criteria own:of_values", [f"{place('float(w.s')} criterion of_values cannot be"]),
+        ("--criteria own:nothing", ["criterion nothing: it returns None"]),
+        ("--criteria own:leaves", [f"{place('raise SystemExit')} SystemExit: too small"]),
         ("--criteria own:square own:square", ["two criteria are named 'square'"]),
         ("--network vgg", ["mlp, convnet, resnet20, transformer", "vgg"]),
         ("--network own:none", ["own:none", "own has no 'none'"]),
         ("--network own:make_nothing", ["own:make_nothing must return a Network", "dict"]),
         ("--network own:make_that_fails", ["own.py:16: KeyError: 'kernel'"]),
-        ("--network own:make_untraceable", ["the network cannot take train x", "(440, 4, 4)"]),
+        ("--network own:make_untraceable",
+         [f"{place('float(x[0])')} the network cannot take train x", "(440, 4, 4): TypeError"]),
+        ("--network own:square_of_two", ["own:square_of_two", "make(example)", "'b'"]),
         ("--network own:make_growing", ["state changes its tree in training", "'mean'"]),
         ("--network transformer", ["transformer takes tokens", "float32 (2, 4, 4)"]),
         ("--task nowhere:f", ["nowhere:f", "No module named 'nowhere'"]),
         ("--task own:wide_loss", ["the loss must be floats of shape (2,)", "(2, 4)", "(440,)"]),
+        ("--task own:integer_loss", ["floats of shape (2,)", "got int32 (2,)"]),
+        ("--task own:loss_that_fails", [f"{place('logits')} train: the loss fails: KeyError: "]),
         ("--task regression", ["outputs of a batch are (2, 4)", "targets int32 (440,)"]),
         ("--task tokens", ["outputs of a batch are (2, 4)", "targets int32 (440,)"]),
         ("--batch-size 441", ["[1, 440]", "441"]),
@@ -344,17 +370,42 @@ def test_scores_that_are_not_finite_exit_1_and_rows_before_stay(
 ):
     flags = ("--dataset", dataset, *QUICK, "--run-dir", tmp_path / "run", "--epochs", 2)
     done = command(*flags, "--criteria", f"own:{criterion}")
-    words = (f"criterion {criterion}", "'hidden_0/kernel'", f"epoch {epoch}", "seed 0", "are kept")
-    refused(done, *words, status=1)
+    words = (f"criterion {criterion}", "'hidden_0/kernel'", f"epoch {epoch}", "seed 0")
+    refused(done, *words, f"{rows} rows are kept" if rows else "", status=1)
+    assert ("kept" in done.err) == bool(rows)
     assert len(results.load_run(tmp_path / "run").rows) == rows
+
+
+def test_a_criterion_that_fails_loses_no_row_of_another_and_may_be_mended(own, dataset, tmp_path):
+    flags = ("--dataset", dataset, *QUICK, "--run-dir", tmp_path / "run")
+    refused(command(*flags, "--criteria", "magnitude", "own:nan"), "2 rows are kept", status=1)
+    before = results.load_run(tmp_path / "run")
+    assert {row.criterion for row in before.rows} == {"magnitude"}
+    (own / "own.py").write_text(OWN.replace("w * jnp.nan", "jnp.square(w)"))
+    del sys.modules["own"]
+    done = command(*flags, "--criteria", "magnitude", "own:nan")
+    assert (done.status, done.err) == (0, "")
+    run = results.load_run(tmp_path / "run")
+    assert len(run.rows) == 8 and [row for row in run.rows if row in before.rows] == before.rows
+    # One that failed and is not asked for any more is forgotten.
+    (own / "own.py").write_text(OWN)
+    del sys.modules["own"]
+    refused(command(*flags, "--criteria", "own:nan"), "the code of criterion nan", "other than")
+    other = ("--dataset", dataset, *QUICK, "--run-dir", tmp_path / "other")
+    refused(command(*other, "--criteria", "magnitude", "own:nan"), status=1)
+    assert command(*other, "--criteria", "magnitude").status == 0
+    assert {arm.criterion for arm in results.load_run(tmp_path / "other").arms} == {"magnitude"}
 
 
 @pytest.mark.filterwarnings("always:.*prunes every weight")
 def test_a_loss_that_is_not_finite_exits_1_and_a_layer_pruned_whole_is_noted(dataset, tmp_path):
     flags = ("--dataset", dataset, "--run-dir", tmp_path / "run", *QUICK)
     done = command(*flags, "--levels", 100, "--learning-rate", 1e30)
-    refused(done, "epoch 1", "seed 0", "level 0%", "are kept", status=1)
+    refused(done, "epoch 1", "seed 0", "level 0%", "smaller learning rate", status=1)
+    assert "kept" not in done.err
     assert done.out.count("prunes every weight of hidden_0/kernel") == 1
+    # As long as nothing has been written, the same folder takes other settings.
+    assert command(*flags, "--learning-rate", 1e-3).status == 0
 
 
 def test_a_level_whose_loss_is_not_finite_is_in_the_table_and_exits_1(own, dataset, tmp_path):
@@ -409,8 +460,8 @@ def text(content):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (cut_npz, ["d.npz", "cannot be read"]),
-        (empty("npz", "d.npz"), ["d.npz", "cannot be read"]),
+        (cut_npz, ["d.npz: not an npz archive, or cut short"]),
+        (empty("npz", "d.npz"), ["d.npz: not an npz archive, or cut short"]),
         (npz_of_one_class, ["d.npz: y_train", "one class only, 0"]),
         (images_of_two_sizes, ["test/b/3.png", "4 x 5 pixels", "4 x 4 pixels", "train/a/0.png"]),
         (lambda folder: f"folder:{folder}", ["train", "No such file"]),

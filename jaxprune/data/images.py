@@ -70,6 +70,8 @@ def load_folder(folder: Path) -> Data:
     odd = set(classes["train"]) ^ set(classes["test"])
     if odd:
         raise DataError(f"{folder}: class {min(odd)} is not in both train and test")
+    if len(classes["train"]) == 1:
+        raise DataError(f"{folder}: one class only, {classes['train'][0]}")
     train, test = (
         [
             Encoded(path, path, label)

@@ -13,13 +13,13 @@ _WINDOWS = 20  # the fewest of which 5% are one
 
 def load_npz(path: Path) -> Data:
     """Load the arrays x_train, y_train, x_test and y_test, perhaps x_val and y_val."""
-    with reading(path), zipfile.ZipFile(path) as archive:
+    with reading(path), _archive(path) as archive:
         names = [name.removesuffix(".npy") for name in archive.namelist()]
         parts = ["train", "test"] + ["val"] * ("x_val" in names or "y_val" in names)
         wanted = [f"{axis}_{part}" for part in parts for axis in "xy"]
         missing = [name for name in wanted if name not in names]
         if missing:
-            raise DataError(f"{path}: no array {missing[0]}, only {', '.join(names) or 'none'}")
+            raise DataError(f"{path}: no array {missing[0]}; it has {', '.join(names) or 'none'}")
         check_memory(path, sum(_bytes(archive, name, path) for name in wanted))
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in wanted}
@@ -62,6 +62,13 @@ def load_text(path: Path, context: int) -> Data:
         for part in (slice(first), slice(first, second), slice(second, None))
     )
     return make_data(train, test, val)
+
+
+def _archive(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except zipfile.BadZipFile:
+        raise DataError(f"{path}: not an npz archive, or cut short") from None
 
 
 def _bytes(archive: zipfile.ZipFile, name: str, path: Path) -> int:

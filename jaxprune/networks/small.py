@@ -4,6 +4,7 @@ A make function takes an `Example` of the data and returns a `Network` (`make(ex
 sizes of inputs and outputs are never written down. Nothing depends on the names of layers.
 """
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -303,6 +304,10 @@ def resolve(spec: str) -> Callable[..., Network]:
             "function make(example) -> Network"
         )
     function = import_function(spec)
+    try:
+        inspect.signature(function).bind("example")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{spec} must be a function make(example) -> Network: {error}") from error
 
     def make(example: Example, **options: Any) -> Network:
         made = function(example, **options)

@@ -1,5 +1,6 @@
 """The dense network of a study, scored as it is and pruned by every one-shot arm."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -29,20 +30,25 @@ class Pruned(NamedTuple):
     """What comes of a dense network.
 
     Attributes:
-        rows: of all arms.
         items: of every one-shot arm what is saved: masks, with an axis over the levels other than
             0; and state, likewise, where it was estimated anew.
         predictions: the dense network's on test, None where the task has none.
         seconds: of scoring the dense network.
     """
 
-    rows: list[Row]
     items: dict[Arm, dict[str, Any]]
     predictions: Any
     seconds: float
 
 
-def prune_dense(running: Running, seed: int, epoch: int, carry: TrainState, batch: Batch) -> Pruned:
+def prune_dense(
+    running: Running,
+    seed: int,
+    epoch: int,
+    carry: TrainState,
+    batch: Batch,
+    keep: Callable[[list[Row]], None],
+) -> Pruned:
     """Score a dense network as it is, and pruned by every one-shot arm.
 
     Args:
@@ -51,23 +57,25 @@ def prune_dense(running: Running, seed: int, epoch: int, carry: TrainState, batc
         epoch: likewise.
         carry: the dense network, with a levels axis of one.
         batch: what criteria look at.
+        keep: given the rows of an arm as soon as it is through: one that fails loses no other's.
     """
     whole = keep_all(carry.params)
     scored, found, seconds = score(running, [Part(carry, whole)], None)
     if not np.all(np.isfinite(scored["val_loss"])):
         raise diverged(Stage(seed), epoch)
     reference = None if found is None else found[0]
-    rows, items, sizes = [], {}, sizes_of(whole, running.setup)
-    for arm in running.setup.arms:  # level 0, and until the branch every level
-        dense = arm.protocol == "trained" and epoch <= running.branch
+    items, sizes = {}, sizes_of(whole, running.setup)
+    for arm in running.order:
+        rows, trained = [], arm.protocol == "trained"
+        if running.pruned and not trained:
+            stage = Stage(seed, arm, running.pruned)
+            items[arm], rows = _one_shot(running, stage, epoch, carry, batch, reference)
+        # Level 0, and until the branch every level.
+        dense = trained and epoch <= running.branch
         levels = tuple(level for level in running.levels if dense or not level)
         same = {name: np.repeat(value, len(levels), axis=0) for name, value in scored.items()}
-        rows += make_rows(Stage(seed, arm, levels), epoch, same, sizes * len(levels), {})
-    for arm in running.arms("one_shot") if running.pruned else ():
-        stage = Stage(seed, arm, running.pruned)
-        items[arm], more = _one_shot(running, stage, epoch, carry, batch, reference)
-        rows += more
-    return Pruned(rows, items, reference, seconds)
+        keep(make_rows(Stage(seed, arm, levels), epoch, same, sizes * len(levels), {}) + rows)
+    return Pruned(items, reference, seconds)
 
 
 def _one_shot(
@@ -89,7 +97,7 @@ def _one_shot(
         items["state"] = states
     parts = [Part(TrainState(repeat(params, number), states, ()), masks)]
     if arm.granularity == "unit":
-        parts = compact(parts[0].carry, masks, setup)
+        parts = compact(parts[0].carry, masks, setup, setup.scoring)
     scored, _, eval_seconds = score(running, parts, reference)
     lost = np.flatnonzero(~np.isfinite(scored["val_loss"]))
     if lost.size and epoch == study.epochs:  # once, for all epochs

@@ -136,6 +136,7 @@ def train_epoch(
         running.meter.tell(
             stage.seed, stage.arm, epoch, setup.study.epochs, levels=stage.levels,
             losses=tuple(losses.tolist()), rate=examples / seconds,
+            compiling=running.programs.clock.compiling,
         )  # fmt: skip
         step = stop
     return parts, losses, spent
@@ -151,7 +152,7 @@ def _update(
     batch: Batch,
 ) -> tuple[list[Part], float]:
     """Select the masks of all levels anew, among what is still kept."""
-    ((carry, masks, _),) = parts
+    ((carry, masks, *_),) = parts
     (masks, wrong), seconds = running.programs.clock.time(
         running.programs.select_within, stage.arm, carry.params, carry.state, masks, batch, counts
     )
@@ -188,9 +189,10 @@ def check_finite(running: Running, stage: Stage, epoch: int, wrong: np.ndarray) 
         assert stage.arm is not None
         pieces = running.setup.granularities[stage.arm.granularity].cost(running.setup.params)
         path, _ = trees.paths_and_leaves(pieces)[leaves[0]]
+        when = f" at epoch {epoch}, seed {stage.seed}" if epoch else ""
         raise NotFinite(
-            f"criterion {stage.arm.criterion} gives scores that are not finite in leaf {path!r} at "
-            f"epoch {epoch}, seed {stage.seed} ({stage.arm})"
+            f"criterion {stage.arm.criterion} gives scores that are not finite in leaf "
+            f"{path!r}{when} ({stage.arm})"
         )
 
 
@@ -199,7 +201,9 @@ class Diverged(NotFinite):
 
 
 def diverged(stage: Stage, epoch: int, level: int = 0) -> Diverged:
-    """Return the error, or the note, of a loss that is not finite."""
+    """Return the error, or the note, of a loss that is not finite; epoch 0 is of what is given."""
+    if not epoch:
+        return Diverged("the loss of the network as it is given is not finite")
     trained = stage.arm is None or stage.arm.protocol == "trained"
     return Diverged(
         f"the loss is not finite at epoch {epoch}, level {stage.levels[level]:g}%, seed "

@@ -13,9 +13,9 @@ import optax
 
 from jaxprune import trees
 from jaxprune.structure import Compaction
-from jaxprune.study.setup import Setup, keep_all
+from jaxprune.study.setup import Joined, Setup, keep_all
 from jaxprune.train import TrainState
-from jaxprune.types import Masks
+from jaxprune.types import Masks, Network
 
 _SAME = 1e-5  # relative: what an elementwise optimizer may differ by when it sees fewer weights
 
@@ -27,35 +27,39 @@ class Part(NamedTuple):
         carry: parameters, state and optimizer state; leaves with a levels axis.
         masks: likewise.
         plan: what is left of a network, of one level; None: the whole network, under masks.
+        network: which that is.
     """
 
     carry: TrainState
     masks: Masks
     plan: Compaction | None = None
+    network: Network | None = None
 
 
-def compact(carry: TrainState, masks: Masks, setup: Setup) -> list[Part]:
+def compact(carry: TrainState, masks: Masks, setup: Setup, together: Joined) -> list[Part]:
     """Return every level as what its masks leave of the network.
 
     Args:
         carry: of all levels; the optimizer's state may be ().
         masks: likewise.
         setup: the study.
+        together: its `joined`; or its `scoring`, for what is scored alone, which is then compiled
+            once for all of the same widths. The random bits of training differ by the units kept.
     """
     parts = []
     for level, mask in _levels(carry, masks):
-        plan = _plan(level, mask, setup)
+        plan = _plan(level, mask, together)
         opt_state = _of_params(plan.shrink, level.opt_state, level.params, setup.optimizer)
         small = TrainState(plan.params["params"], plan.params["state"], opt_state)
         small, kept = trees.stack([(small, plan.masks["params"])])
-        parts.append(Part(small, kept, plan))
+        parts.append(Part(small, kept, plan, together.network(plan)))
     return parts
 
 
 def expand(parts: Sequence[Part], setup: Setup) -> TrainState:
     """Return all levels, whole, with a levels axis; what was removed is zero."""
     levels = []
-    for carry, _, plan in parts:
+    for carry, _, plan, _ in parts:
         if plan is None:
             return carry
         (small,) = trees.unstack(carry)
@@ -69,8 +73,7 @@ def _levels(carry: TrainState, masks: Masks) -> list[tuple[TrainState, Masks]]:
     return trees.unstack(jax.device_get((carry, masks)))
 
 
-def _plan(level: TrainState, masks: Masks, setup: Setup) -> Compaction:
-    together = setup.joined
+def _plan(level: TrainState, masks: Masks, together: Joined) -> Compaction:
     return Compaction(
         together.apply,
         {"params": level.params, "state": level.state},
@@ -112,7 +115,7 @@ def elementwise(carry: TrainState, masks: Masks, setup: Setup) -> bool:
     if found is None:
         return False
     level, mask = found
-    plan = _plan(level, mask, setup)
+    plan = _plan(level, mask, setup.joined)
 
     def small(tree: Any) -> Any:
         return plan.shrink({"params": tree})["params"]

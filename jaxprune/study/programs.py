@@ -118,9 +118,9 @@ class Programs:
 
     def _of(self, part: Part) -> tuple[Callable, Callable]:
         """Return how a part is trained and scored."""
-        if (plan := part.plan) is None:
-            return self._once("whole", lambda: self._pair(self._setup.network))
-        return self._once(plan.signature, lambda: self._pair(self._setup.joined.network(plan)))
+        network = part.network or self._setup.network
+        key = "whole" if part.plan is None else part.plan.signature
+        return self._once(key, lambda: self._pair(network))
 
     def _pair(self, network: Network) -> tuple[Callable, Callable]:
         setup, jit = self._setup, self.clock.jit

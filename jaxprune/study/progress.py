@@ -21,20 +21,21 @@ class Progress(NamedTuple):
     losses: tuple[float, ...]  # each level's mean training loss over the call
     rate: float  # training examples a second, all levels counted
     done: float  # the part of the study that is done, in [0, 1]
-    seconds_left: float | None  # None while it is not known
+    compiling: float  # seconds spent on it so far
+    seconds_left: float | None  # without compiling what comes; None while it is not known
 
     def __str__(self) -> str:
         low, high = self.levels[0], self.levels[-1]
         losses = f"loss {self.losses[0]:.3f}"
         if len(self.levels) > 1:
             losses = f"{losses} at {low:g}%, {self.losses[-1]:.3f} at {high:g}%"
-        left = ""
+        left = f"{self.compiling:.0f} s of compiling so far"
         if self.seconds_left is not None:
             minutes, seconds = divmod(round(self.seconds_left), 60)
-            left = f" · {minutes}:{seconds:02d} left"
+            left = f"{minutes}:{seconds:02d} left"
         return (
             f"seed {self.seed} {self.arm or 'dense'} epoch {self.epoch}/{self.epochs} · {losses} · "
-            f"{self.rate / 1000:.1f}k examples/s{left}"
+            f"{self.rate / 1000:.1f}k examples/s · {left}"
         )
 
 
@@ -53,6 +54,7 @@ class Meter:
         self.report = report
         self.work = self.done = 0
         self._seconds = self._paced = 0.0
+        self._last: Progress | None = None
 
     def add(self, work: int | float, seconds: float) -> None:
         """Count work, and the seconds that it took without compiling."""
@@ -66,7 +68,13 @@ class Meter:
         if self._seconds >= _WARM_SECONDS:
             left = (self.work - self.done) * self._seconds / self._paced
         done = min(self.done / max(self.work, 1), 1.0)
-        self.report(Progress(seed, arm, epoch, epochs, done=done, seconds_left=left, **what))  # pyright: ignore[reportArgumentType]
+        self._last = Progress(seed, arm, epoch, epochs, done=done, seconds_left=left, **what)  # pyright: ignore[reportArgumentType]
+        self.report(self._last)
+
+    def finish(self) -> None:
+        """Report that all is done."""
+        if self._last is not None:
+            self.report(self._last._replace(done=1.0, seconds_left=0.0))
 
 
 def lines(say: Callable[[str], None]) -> Report:
@@ -78,7 +86,11 @@ def lines(say: Callable[[str], None]) -> Report:
         text, now = str(what), time.perf_counter()
         if isinstance(what, str):
             say(f"note: {what}")
-        elif (epoch := text.split(" · ")[0]) != last[0] or now - last[1] >= _LINE_SECONDS:
+        elif (
+            (epoch := text.split(" · ")[0]) != last[0]
+            or now - last[1] >= _LINE_SECONDS
+            or what.done == 1
+        ):
             last = epoch, now
             say(f"{what.done:4.0%}  {text}")
 

@@ -101,9 +101,15 @@ class Record:
         return tuple(map(tuple, self.config["levels"]))
 
     def _adopt(self, old: dict[str, Any]) -> None:
-        """Take over what an earlier call left, if it was made alike; add what is new."""
+        """Take over what an earlier call left, if it was made alike; add what is new.
+
+        What left neither rows nor checkpoints, such as a criterion that failed, may be mended.
+        """
+        entries = [entry for entry in old["arms"] if self._left(results.arm_of(entry).slug)]
+        if not entries and not self._left("dense"):
+            return
         differences = results.compare_settings(old["settings"], self.config["settings"])
-        known = {results.arm_of(entry): entry for entry in old["arms"]}
+        known = {results.arm_of(entry): entry for entry in entries}
         same_jax = old["versions"].get("jax") == self.now["versions"].get("jax")
         new_arms = []
         for arm, entry in self.arms.items():
@@ -134,9 +140,16 @@ class Record:
         self.config = {
             **old,
             "seeds": max(old["seeds"], self.config["seeds"]),
-            "arms": [*old["arms"], *new_arms],
+            "arms": [*entries, *new_arms],
             "levels": [*old["levels"], *([added] if added else [])],
         }
+
+    def _left(self, name: str) -> bool:
+        """Tell whether there are rows or checkpoints of an arm, or dense ones, of any seed."""
+        assert self.folder is not None
+        logs = self.folder.glob(f"rows/{name}-seed*")
+        saved = self.folder.glob(f"checkpoints/{name}-seed*/*")
+        return any(path.stat().st_size for path in logs) or any(p.name.isdecimal() for p in saved)
 
     def _other_code(self, what: str, same_jax: bool, differences: list[str]) -> None:
         if same_jax:

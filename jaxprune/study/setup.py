@@ -15,7 +15,7 @@ import optax
 from jaxprune import criteria, distribution, structure, tasks, trees
 from jaxprune.config import Arm, Study, sparsity_of_level
 from jaxprune.data import Data, Split
-from jaxprune.evaluate import check_data
+from jaxprune.evaluate import check_arrays, check_data
 from jaxprune.granularity import weight
 from jaxprune.masks import warn_of_emptied
 from jaxprune.networks import check_state
@@ -39,13 +39,14 @@ from jaxprune.types import (
 
 
 class Joined(NamedTuple):
-    """Scoring and training of a network as one function, of which `structure` removes units.
+    """What a network does, as one function of which `structure` removes units.
 
-    A unit is removed where it is without effect in both, and the state shrinks with it.
+    Scoring; or scoring and training, from which a unit is removed where it is without effect in
+    both, and the state shrinks with it.
 
     Attributes:
         apply: of `{"params": …, "state": …}` and `inputs`; it returns the outputs of scoring, and
-            where training is another function also those of training, and the new state.
+            where it trains also those of training, and the new state.
         abstract: shapes and dtypes of parameters and state.
         inputs: what it was traced with: x, or x and a key.
         new_state: of what `apply` returns the new values of the state; None where it has none.
@@ -89,7 +90,8 @@ class Setup(NamedTuple):
         criteria: by name, in the order given.
         granularities: by name.
         prunable: a tree of bools like the parameters.
-        joined: the network as one function, for `structure`.
+        scoring: the network as it scores, for `structure`.
+        joined: scoring and training; the same where they are one function.
         metrics: what the task measures.
         remaining: counts the parameters left once what masks leave without effect is removed.
         stepped: whether loops over steps, batches and levels run on the host.
@@ -104,6 +106,7 @@ class Setup(NamedTuple):
     criteria: dict[str, Criterion]
     granularities: dict[str, Granularity]
     prunable: Any
+    scoring: Joined
     joined: Joined
     metrics: tuple[Metric, ...]
     remaining: Callable[[Masks], int]
@@ -167,6 +170,7 @@ def make_setup(
         TypeError: likewise.
     """
     data = Data(*(Split(*split) for split in data))
+    check_arrays(data)
     task = tasks.resolve(task) if task is not None else tasks.default_task(data.train.y)
     check_data(network, params, state, data, task)
     x = data.train.x[:2]
@@ -177,7 +181,7 @@ def make_setup(
         raise ValueError(
             f"two criteria are named {twice[0]!r}: give names, jp.criterion(my_scores, name='mine')"
         )
-    together = _joined(network, params, state, x)
+    scoring, together = _joined(network, params, state, x)
     prunable = _prunable(network, params, state, x)
     makers = {
         "weight": lambda: weight(prunable),
@@ -192,6 +196,7 @@ def make_setup(
         criteria=dict(zip(names, resolved, strict=True)),
         granularities={name: makers[name]() for name in study.granularities},
         prunable=prunable,
+        scoring=scoring,
         joined=together,
         metrics=task.metrics(jax.eval_shape(network.apply, params, state, x)),
         remaining=_remaining(together, state),
@@ -227,8 +232,8 @@ def _scoring(network: Network) -> Callable[[Any, Any], Any]:
     return lambda variables, x: network.apply(variables["params"], variables["state"], x)
 
 
-def _joined(network: Network, params: Params, state: State, x: Any) -> Joined:
-    """Trace whether training is another function than scoring, and join what is needed."""
+def _joined(network: Network, params: Params, state: State, x: Any) -> tuple[Joined, Joined]:
+    """Return scoring, and scoring with training where tracing tells that this is another."""
     abstract = jax.eval_shape(lambda tree: tree, {"params": params, "state": state})
     key, scoring = jax.random.key(0), _scoring(network)
 
@@ -239,11 +244,12 @@ def _joined(network: Network, params: Params, state: State, x: Any) -> Joined:
     def training(variables: Any, x: Any) -> Any:
         return network.train(variables["params"], variables["state"], x, key)[0]
 
+    alone = Joined(scoring, abstract, x, None)
     if not jax.tree.leaves(state):
         one, other = (str(jax.make_jaxpr(f)(abstract, x)) for f in (scoring, training))
         if one == other:
-            return Joined(scoring, abstract, x, None)
-    return Joined(both, abstract, (x, key), lambda out: {"state": out[2]})
+            return alone, alone
+    return alone, Joined(both, abstract, (x, key), lambda out: {"state": out[2]})
 
 
 def _prunable(network: Network, params: Params, state: State, x: Any) -> Any:

@@ -71,6 +71,7 @@ def run(running: Running, record: Record) -> None:
                     record.note(f"{error}; the other seeds go on")
     if failed:
         raise failed[0]
+    running.meter.finish()
 
 
 def _work(running: Running, start: Start) -> int:
@@ -160,10 +161,9 @@ def _run_dense(
         parts = [Part(carry, keep_all(carry.params))]
         parts, _, spent = train_epoch(running, stage, epoch, parts, {}, np.zeros(1, bool), batch)
         carry = parts[0].carry
-        pruned = prune_dense(running, seed, epoch, carry, batch)
+        pruned = prune_dense(running, seed, epoch, carry, batch, record.append)
         record.add_seconds("dense_training", spent["train_seconds"])
         record.add_seconds("dense_evaluation", pruned.seconds)
-        record.append(pruned.rows)
         if pruned.predictions is not None:
             predictions.append(np.asarray(pruned.predictions))
         for arm, items in pruned.items.items() if epoch == epochs else ():
@@ -254,15 +254,15 @@ def _smaller(
     They are the same if the optimizer trains what is left as it does the whole; that it does not
     is known where levels are `masked` since an earlier epoch.
     """
-    setup, (carry, masks, plan) = running.setup, parts[0]
+    setup, (carry, masks, plan, _) = running.setup, parts[0]
     if plan is not None:
         return parts, parts
     if not masked and elementwise(carry, masks, setup):
-        return (small := compact(carry, masks, setup)), small
+        return (small := compact(carry, masks, setup, setup.joined)), small
     record.note(
         "the optimizer does not update each weight by itself: units stay, masked, in training"
     )
-    return parts, compact(carry._replace(opt_state=()), masks, setup)
+    return parts, compact(carry._replace(opt_state=()), masks, setup, setup.scoring)
 
 
 def _load_carry(running: Running, record: Record, stage: Stage, epoch: int) -> TrainState:

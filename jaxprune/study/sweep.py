@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxprune import results, trees
-from jaxprune.config import Study, phases, sparsity_of_level
+from jaxprune.config import NotFinite, Study, phases, sparsity_of_level
 from jaxprune.data import Data, Split, digest
 from jaxprune.evaluate import make_score
 from jaxprune.identity import Identity, combine, fingerprint
@@ -102,7 +102,12 @@ def _go_on(setup: Setup, record: Record, meter: Meter) -> list[Row]:
     setup = setup._replace(stepped=record.config.get("stepped", setup.stepped))
     programs = Programs(setup)
     order = tuple(arm for arm in record.arms if arm in setup.arms)
-    run(Running(setup, programs, meter, record.waves, order), record)
+    try:
+        run(Running(setup, programs, meter, record.waves, order), record)
+    except NotFinite as error:
+        if (rows := sum(map(len, record.rows.values()))) and record.folder is not None:
+            error.add_note(f"{rows} rows are kept")
+        raise
     record.add_seconds("compilation", programs.clock.compiling)
     record.config["compilations"] += programs.clock.count
     return record.finish()
@@ -211,6 +216,7 @@ def prune_curve(
     running = Running(setup, Programs(setup), Meter(lambda _: None), (study.levels,), setup.arms)
     params, state = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (params, state))
     batch = setup.batch(keys_of(0).scoring)
-    rows = prune_dense(running, 0, 0, TrainState(params, state, ()), batch).rows
+    rows: list[Row] = []
+    prune_dense(running, 0, 0, TrainState(params, state, ()), batch, rows.extend)
     place = {float(sparsity_of_level(level)): i for i, level in enumerate(study.levels)}
     return sorted(rows, key=lambda row: (setup.arms.index(row.arm), place[row.target_sparsity]))

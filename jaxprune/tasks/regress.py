@@ -89,8 +89,9 @@ def own_loss(f: Callable[[Outputs, Targets], Array], name: str | None = None) ->
             raise ValueError(
                 f"the loss fails: {sums.reason(error)}; {sums.shapes(outputs, targets)}"
             ) from error
-        got = getattr(losses, "shape", type(losses).__name__)
-        if got != (batch,) or not jnp.issubdtype(losses.dtype, jnp.floating):
+        shape, dtype = (getattr(losses, name, None) for name in ("shape", "dtype"))
+        if shape != (batch,) or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            got = type(losses).__name__ if dtype is None else f"{dtype} {shape}"
             raise ValueError(
                 f"the loss must be floats of shape ({batch},), one an example, got {got}; "
                 + sums.shapes(outputs, targets)

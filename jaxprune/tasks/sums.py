@@ -47,8 +47,8 @@ def shapes(outputs: Any, targets: Any) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Return the first line of an error."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Return the type of an error and its first line."""
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0].removesuffix(": ")
 
 
 def check_logits(kind: str, wanted: str, outputs: Any, targets: Any, axes: int) -> None:
