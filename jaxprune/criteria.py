@@ -96,7 +96,9 @@ def saliency(params: Params, problem: Problem, batch: Batch) -> Scores:
         stands here. Molchanov, Tyree, Karras, Aila, Kautz. Pruning Convolutional Neural Networks
         for Resource Efficient Inference. ICLR 2017: activations of feature maps in place of
         weights, averaged over examples after the absolute value and normalised within a layer; here
-        the gradient is the mean loss's, and nothing is normalised.
+        the gradient is the mean loss's, and nothing is normalised. Lee, Ajanthan, Torr. SNIP:
+        Single-shot Network Pruning Based on Connection Sensitivity. ICLR 2019: the same score, at
+        initialisation and divided by its sum, which changes no order.
     """
     for path, w in trees.paths_and_leaves(params):
         if not _is(w, jnp.floating):

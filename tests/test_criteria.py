@@ -10,6 +10,7 @@ import pytest
 from jaxprune import criteria
 from jaxprune.types import Batch, Criterion, Network, Problem, Task
 
+NAMES = [*criteria.CRITERIA]  # to which "my_module:my_scores" may be added
 SMALLEST = np.float32(1e-45)  # denormal
 KEY = jax.random.key(0)
 
@@ -116,7 +117,7 @@ def test_saliency_refuses_what_has_no_gradient(leaf):
         scored("saliency")({"w": jnp.ones(2), "table": {"ids": leaf}})
 
 
-@pytest.mark.parametrize("name", criteria.CRITERIA)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     "make",
     [
@@ -136,7 +137,7 @@ def test_criteria_return_the_tree(name, make):
     assert all(np.isfinite(leaf.astype(jnp.float32)).all() for leaf in jax.tree.leaves(got))
 
 
-@pytest.mark.parametrize("name", criteria.CRITERIA)
+@pytest.mark.parametrize("name", NAMES)
 def test_criteria_under_jit_and_vmap(name):
     rng = np.random.default_rng(1)
     params = {"a": rng.normal(size=(3, 4, 2)), "b": [rng.normal(size=(3, 5))]}

@@ -99,7 +99,9 @@ def test_k_sparsity_draws_means_and_seeds_of_the_last_epoch(granularity: str) ->
     note = (
         "a note; magnitude scores, by layer; 20 epochs; lines: mean of 3 seeds; small points: the"
     )
-    assert figure.get_supxlabel().replace("\n", " ") == f"{note} seeds"
+    assert figure.get_supxlabel().replace("\n", " ") == (
+        f"{note} seeds; 95% intervals: in the tables"
+    )
     guesses = [data(ax, "blind guess")[1][0] for ax in figure.axes]
     np.testing.assert_allclose(guesses, [0.1, math.log(10)])
     figure = drawn(figures.k_sparsity(some(1), METRICS, granularity))
@@ -176,8 +178,8 @@ def test_criteria_and_scopes_stand_side_by_side_and_are_paired_by_seed() -> None
     panels = np.array(figure.axes).reshape(2, 2)
     _, y = data(panels[0, 1], "random unit layer one_shot")
     np.testing.assert_allclose(y, [-0.01] * len(LEVELS))  # 0 of seed 0, 2 points of seed 1
-    assert panels[0, 0].get_ylabel() == "test accuracy less that\nof magnitude, layer (points)"
-    assert panels[1, 0].get_ylabel() == "test loss less that\nof magnitude, layer (nats)"
+    assert panels[0, 0].get_ylabel() == "test accuracy minus\nthat of magnitude, layer (points)"
+    assert panels[1, 0].get_ylabel() == "test loss minus\nthat of magnitude, layer (nats)"
     assert legend(figure) == [*names[1:], "one-shot", "trained"]
     assert figures.differences(some(1), METRICS) is None
 

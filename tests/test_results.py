@@ -239,10 +239,10 @@ def study(accuracy=lambda arm, seed: 0.88 + 0.01 * seed, criteria=("magnitude",)
 BLOCK = """\
 one_shot, magnitude, layer, epoch 2, both seeds
                 weight                                   unit
-pruned %    accuracy %     loss nats    weights    accuracy %     loss nats  weights
-       0  88.00, 89.00  0.500, 0.500  2,386,000  88.00, 89.00  0.500, 0.500        -
-      25  88.00, 89.00  0.500, 0.500  2,386,000  88.00, 89.00  0.500, 0.500        -
-    99.9  88.00, 89.00             -  2,386,000  88.00, 89.00             -        -"""
+pruned %    accuracy %     loss nats  remaining    accuracy %     loss nats  remaining
+       0  88.00, 89.00  0.500, 0.500  2,386,000  88.00, 89.00  0.500, 0.500          -
+      25  88.00, 89.00  0.500, 0.500  2,386,000  88.00, 89.00  0.500, 0.500          -
+    99.9  88.00, 89.00             -  2,386,000  88.00, 89.00             -          -"""
 PAIRS = """\
 one_shot, magnitude, layer, epoch 2, accuracy %: paired differences, both seeds
                   unit
@@ -305,11 +305,11 @@ def test_wide_tables_go_on_below():
         == """\
 trained, magnitude, layer, epoch 2, mean ± 95% interval over 3 seeds
                         weight
-pruned %            accuracy %              loss nats    weights
+pruned %            accuracy %              loss nats  remaining
     97.5  63.33 [0.00, 100.00]  6.033 [0.000, 18.798]  1,234,567
 
                           unit
-pruned %            accuracy %              loss nats    weights
+pruned %            accuracy %              loss nats  remaining
     97.5  63.33 [0.00, 100.00]  6.033 [0.000, 18.798]  1,234,567"""
     )
     table = results.Table("t", [("", "a"), ("one", "x" * 120), ("", "b")], [["1", "2", "3"]])

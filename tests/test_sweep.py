@@ -153,7 +153,7 @@ def test_a_network_and_numbers_of_ones_own_where_stdout_takes_ascii_alone(own, t
     done = command(*flags, "--batch-size", 10, "--protocols", "one_shot", encoding="ascii")
     assert (done.status, done.err) == (0, "")
     assert "one_shot, square, layer, epoch 1, one seed" in done.out
-    assert "pruned % loss r2 weights" in " ".join(done.out.split())
+    assert "pruned % loss r2 remaining" in " ".join(done.out.split())
     assert "dense epoch 1/1 \\xb7 loss" in done.out
     run = results.load_run(tmp_path / "run")
     assert run.config["settings"]["task"] == "regression"

@@ -72,7 +72,7 @@ def legend_of(
     there = {*families_of(rows), *present(rows, "granularity")}
     looks = [look for key, look in colors.items() if key in there]
     for name in present(rows, "protocol"):
-        label = {"color": "0.2", "label": name.replace("_", "-")}
+        label = {"color": "0.2", "marker": "o", "label": name.replace("_", "-")}
         looks.append(label | _PROTOCOLS.get(name, _OTHER))
     if any(metric.chance is not None for metric in metrics):
         looks.append(_GUESS)

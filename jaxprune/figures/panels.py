@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from jaxprune.results import spread
 from jaxprune.types import Metric
@@ -126,7 +126,10 @@ def metric_axis(metric: Metric, *line: Axes, name: str = "", zoom: bool = False)
             percent_axis(ax)
     if logarithmic and np.isfinite(values).any():
         low, high = line[0].get_ylim()
-        line[0].set_ylim(max(low, np.nanmin(values) / 2), min(high, np.nanmax(values) * 2))
+        low, high = max(low, np.nanmin(values) / 2), min(high, np.nanmax(values) * 2)
+        line[0].set_ylim(low, high)
+        if high < 5 * low:  # or there might be one tick
+            line[0].yaxis.set_major_locator(MaxNLocator(5))
     elif metric.low is not None and metric.high is not None and metric.better and not zoom:
         room = 0.02 * (metric.high - metric.low)
         line[0].set_ylim(metric.low - room, metric.high + room)
@@ -160,7 +163,8 @@ def over_seeds(seeds: int) -> str:
     if seeds == 1:
         return "one seed"
     if seeds < ENOUGH:
-        return f"lines: mean of {seeds} seeds; small points: the seeds"
+        bars = "; 95% intervals: in the tables" if seeds > 2 else ""
+        return f"lines: mean of {seeds} seeds; small points: the seeds{bars}"
     band = "95% t interval, cut at the bounds of the metric"
     return f"lines: mean of {seeds} seeds; small points: the seeds; bands: {band}"
 

@@ -145,7 +145,7 @@ def differences(rows: Sequence[Row], metrics: Sequence[Metric], *, note: str = "
             ax.axhline(0, color="0.5", linewidth=0.8)
         metric_axis(change, *line, zoom=True)
         unit = "points" if metric.unit == "%" else metric.unit
-        label = f"{metric.label} less that\nof {family_name(first, rows)}"
+        label = f"{metric.label} minus\nthat of {family_name(first, rows)}"
         line[0].set_ylabel(label + f" ({unit})" * bool(unit))
     note = "; ".join(filter(None, [note, "differences are paired by seed"]))
     del colors[first]

@@ -125,9 +125,9 @@ def tables(rows: Sequence[Row], metrics: Sequence[Metric]) -> list[Table]:
     """Lay out the last epoch: tables of all arms, then tables of their paired differences.
 
     A table is of a protocol, a criterion and a scope, and a line of a level. Of each granularity it
-    has the two metrics that are drawn and the weights that remain. Of two seeds both values are
-    given, of more their mean ± half its 95% t interval (of weights the mean), or [low, high] where
-    that is cut at the metric's bounds. A dash stands for what is not known.
+    has the two metrics that are drawn and the weights remaining after compaction. Of two seeds both
+    values are given, of more their mean ± half its 95% t interval (of weights the mean), or
+    [low, high] where that is cut at the metric's bounds. A dash stands for what is not known.
 
     An arm is compared with the first of its granularity, and that with the first of all. Where
     there is one arm of a protocol or one seed, nothing is.
@@ -149,7 +149,7 @@ def tables(rows: Sequence[Row], metrics: Sequence[Metric]) -> list[Table]:
                         level: _diverged(here) or _cell(_known(here, metric), metric, places)
                         for level, here in levels.items()
                     }
-                by_level[arm.granularity, "weights"] = {k: _weights(levels[k]) for k in levels}
+                by_level[arm.granularity, "remaining"] = {k: _weights(levels[k]) for k in levels}
                 first = next(other for other in arms if other.granularity == arm.granularity)
                 base = arms[0] if first == arm else first
                 if base != arm and shown:
