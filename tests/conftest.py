@@ -1,8 +1,10 @@
 """What all tests share: two CPU devices, strict JAX, checked shapes and types, real data."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -21,6 +23,8 @@ import jaxprune
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+gc.set_threshold(200_000, 20, 100)  # traced programs are many objects: a twentieth of the time
 
 # Before the first import of a module of the package. An int is a float, as for every type checker.
 # The interpreters of traced programs call millions of small functions: pyright checks these alone.
@@ -67,3 +71,21 @@ def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(path))
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tensorflow_datasets"))
     return path
+
+
+@pytest.fixture(scope="session")
+def finished_study(
+    tmp_path_factory: pytest.TempPathFactory, compiled_once: str
+) -> tuple[Path, Any, int]:
+    """A finished run of two seeds of the small study: its folder, its rows, how often it traced."""
+    from tests.studies import Traced, sweep
+
+    folder, traced = tmp_path_factory.mktemp("runs") / "full", Traced()
+    return folder, sweep(folder, traced.network, seeds=2), traced.times
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep a file in one process, and those of the small study, whose programs are the same."""
+    for item in items:
+        name = "study" if item.path.stem in ("test_study", "test_resume") else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(name))

@@ -135,7 +135,11 @@ def test_units_of_equinox_are_its_outputs():
 
 @pytest.mark.parametrize(
     ("granularity", "scope", "jit"),
-    [(weight(), "layer", jax.jit), (weight(), "global", lambda f: f), (unit(), "global", jax.jit)],
+    [
+        (weight(), "layer", jax.jit),
+        pytest.param(weight(), "global", lambda f: f, marks=pytest.mark.slow),
+        (unit(), "global", jax.jit),
+    ],
 )
 def test_leaves_on_an_explicit_mesh(granularity, scope, jit):
     """There no array can be reshaped or sorted along a sharded axis, nor masked by another's."""

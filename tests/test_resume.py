@@ -37,10 +37,9 @@ pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(scope="module")
-def full(tmp_path_factory):
+def full(finished_study):
     """A finished run of two seeds: its folder and its rows."""
-    folder = tmp_path_factory.mktemp("runs") / "full"
-    return folder, sweep(folder, seeds=2)
+    return finished_study[:2]
 
 
 class Interrupted:
@@ -136,14 +135,17 @@ def test_a_finished_run_trains_nothing_and_says_so(full):
     assert results.read_config(folder / "config.json")["seeds"] == 2
 
 
-def test_arms_and_levels_are_added_to_a_finished_run(full, tmp_path):
-    _, expected = full
+@pytest.mark.parametrize(
+    "new", [("weight",), pytest.param(("weight", "unit"), marks=pytest.mark.slow)], ids=" ".join
+)
+def test_arms_and_levels_are_added_to_a_finished_run(full, tmp_path, new):
+    expected = [row for row in full[1] if row.seed == 0 and row.granularity in new]
     folder, added = tmp_path / "run", (0.0, 25.0, 75.0)
     first = sweep(folder, granularities=("weight",), protocols=("trained",))
-    assert_same_rows(first, pick(expected, seed=0, granularity="weight", protocol="trained"))
-    more = sweep(folder, levels=added)
-    others = [row for row in sweep(levels=added) if row.target_sparsity]
-    assert_same_rows(more, [*pick(expected, seed=0), *others])
+    assert_same_rows(first, pick(expected, granularity="weight", protocol="trained"))
+    more = sweep(folder, granularities=new, levels=added)
+    others = [row for row in sweep(granularities=new, levels=added) if row.target_sparsity]
+    assert_same_rows(more, [*expected, *others])
     assert set(map(repr, first)) <= set(map(repr, more))  # times and all: not computed again
     run = jp.load_run(folder)
     assert run.config["levels"] == [[0.0, 50.0, 90.0], [25.0, 75.0]]
@@ -151,7 +153,7 @@ def test_arms_and_levels_are_added_to_a_finished_run(full, tmp_path):
         masks = run.network(of, 0, level).masks
         [row] = [r for r in more if (r.arm, r.epoch, r.target_sparsity) == (of, 5, level / 100)]
         assert jp.sparsity_of(masks, prunable=lambda path, _: "hidden" in path) == row.sparsity
-    assert sweep(folder, levels=(0.0, 90.0, 25.0)) == more
+    assert sweep(folder, granularities=new, levels=(0.0, 90.0, 25.0)) == more
 
 
 def test_checkpoints_are_thinned_out(full):
@@ -179,8 +181,8 @@ def flip(path, name):
     ("stage", "item"),
     [
         ("magnitude-unit-layer-trained-seed1", "params"),
-        ("magnitude-unit-layer-one_shot-seed1", "masks"),
-        ("dense-seed1", "params"),
+        pytest.param("magnitude-unit-layer-one_shot-seed1", "masks", marks=pytest.mark.slow),
+        pytest.param("dense-seed1", "params", marks=pytest.mark.slow),
     ],
 )
 def test_a_corrupt_checkpoint_is_noted_and_computed_again(full, tmp_path, stage, item):
@@ -236,6 +238,7 @@ def named(f, name):
     return f
 
 
+ONE_SHOT = {"epochs": 1, "protocols": ("one_shot",)}
 MINUS = named(lambda params: jax.tree.map(lambda w: -jnp.abs(w), params), "by_square")
 
 
@@ -243,7 +246,7 @@ MINUS = named(lambda params: jax.tree.map(lambda w: -jnp.abs(w), params), "by_sq
 def one_epoch(tmp_path_factory):
     """The folder of a finished run of one epoch, and its settings."""
     folder = tmp_path_factory.mktemp("runs") / "one"
-    settings = {"criteria": (by_square,), "epochs": 1, "protocols": ("one_shot",)}
+    settings = {"criteria": (by_square,), **ONE_SHOT}
     sweep(folder, **settings)
     return folder, settings
 
@@ -263,6 +266,10 @@ def one_epoch(tmp_path_factory):
             ["network, loss"],
         ),
         ({"task": jp.own_loss(lambda outputs, y: jnp.sum(outputs**2, axis=1))}, ["task"]),
+        (
+            {"criteria": (jp.criterion(by_square, settings={"power": 2}),)},
+            ["by_square, power: None in the run, 2 now"],
+        ),
         ({"criteria": (MINUS,)}, ["the code of criterion by_square"]),
         ({"criteria": (MINUS,), "seeds": 2}, ["the code of criterion by_square"]),
     ],
@@ -280,21 +287,21 @@ def test_a_run_made_otherwise_is_refused_by_name(one_epoch, change, words):
 
 def test_settings_are_compared_as_json_gives_them_back(tmp_path):
     settings = {"sizes": (np.int64(3), 4), "limit": float("nan"), "place": Path("a"), 3: "three"}
-    first = sweep(tmp_path / "run", epochs=1, settings=settings)
-    assert sweep(tmp_path / "run", epochs=1, settings=settings) == first
+    first = sweep(tmp_path / "run", settings=settings, **ONE_SHOT)
+    assert sweep(tmp_path / "run", settings=settings, **ONE_SHOT) == first
     with pytest.raises(ValueError, match="settings may not hold 'epochs'"):
-        sweep(tmp_path / "run", epochs=1, settings={"epochs": 3})
+        sweep(tmp_path / "run", settings={"epochs": 3}, **ONE_SHOT)
     with pytest.raises(TypeError, match="settings.what must be what JSON can hold, got set"):
-        sweep(tmp_path / "run", epochs=1, settings={"what": {1, 2}})
+        sweep(tmp_path / "run", settings={"what": {1, 2}}, **ONE_SHOT)
 
 
 def test_with_another_jax_other_code_is_a_note(tmp_path):
     folder, notes = tmp_path / "run", []
-    sweep(folder, epochs=1)
+    sweep(folder, **ONE_SHOT)
     config = json.loads((folder / "config.json").read_text())
     config["versions"]["jax"], config["identity"] = "0.9.9", "of another program"
     (folder / "config.json").write_text(json.dumps(config))
-    sweep(folder, epochs=1, report=notes.append)
+    sweep(folder, report=notes.append, **ONE_SHOT)
     assert any("recorded with another jax" in str(note) for note in notes)
     assert any("jax 0.9.9 then" in str(note) for note in notes)
 

@@ -432,10 +432,14 @@ SHARED: dict[str, Callable[[Any, Any], Any]] = {
     "smallest": lambda x, p: x * (x - x.mean(1, keepdims=True)).min(1, keepdims=True),
     "twice": lambda x, p: layer_norm(layer_norm(x, p), p),
 }
+SHARED_FIRST = {"two-pass LayerNorm", "of a residual stream", "softmax", "log-sum-exp", "smallest"}
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)
-@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in SHARED_FIRST else pytest.mark.slow) for n in SHARED],
+)
 def test_units_that_share_a_value_are_removed_exactly(name: str, sparsity: float) -> None:
     def apply(params: Any, x: Any) -> Any:
         return SHARED[name](x @ params["hidden"], params) @ params["logits"]
@@ -573,7 +577,7 @@ def chain() -> tuple[Any, Any, Any]:
     return apply, params, jnp.ones((2, 49))
 
 
-@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("scope", ["layer", pytest.param("global", marks=pytest.mark.slow)])
 def test_groups_of_a_chain_are_its_units(scope: str) -> None:
     apply, params, x = chain()
     chosen = prunable(apply, params, x)

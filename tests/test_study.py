@@ -40,11 +40,9 @@ pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(scope="module")
-def full(tmp_path_factory):
+def full(finished_study):
     """A finished run of two seeds: its folder, its rows, and how often it was traced."""
-    folder, traced = tmp_path_factory.mktemp("runs") / "full", Traced()
-    rows = sweep(folder, traced.network, seeds=2)
-    return folder, rows, traced.times
+    return finished_study
 
 
 # Rows
@@ -246,8 +244,10 @@ def test_smaller_networks_train_and_score_as_masked_ones():
 
 @pytest.mark.parametrize(
     "optimizer",
-    [optax.lamb(1e-2), optax.adafactor(1e-2, min_dim_size_to_factor=4)],
-    ids=["lamb", "adafactor"],
+    [
+        pytest.param(optax.lamb(1e-2), id="lamb", marks=pytest.mark.slow),
+        pytest.param(optax.adafactor(1e-2, min_dim_size_to_factor=4), id="adafactor"),
+    ],
 )
 def test_an_optimizer_that_is_not_elementwise_trains_masked(optimizer, monkeypatch):
     asked, ask = [], stages.elementwise

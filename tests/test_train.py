@@ -113,7 +113,9 @@ def gradient(params, mask, x, y):
     return -jnp.sum(log_probabilities * jax.nn.one_hot(y, CLASSES)) / len(y)
 
 
-@pytest.mark.parametrize("name", ["momentum", "adam", "clipped adamw"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("momentum", marks=pytest.mark.slow), "adam", "clipped adamw"]
+)
 def test_training_is_a_plain_loop(trainer, name):
     train = trainer(name)
     carry, losses = train()
@@ -168,7 +170,10 @@ def test_a_step_follows_the_gradient_of_the_masked_loss(trainer):
             np.testing.assert_allclose(moved[kept], expected[kept], rtol=1e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", ["two levels at once", "all levels at once", "stepped"])
+@pytest.mark.parametrize(
+    "name",
+    ["two levels at once", pytest.param("all levels at once", marks=pytest.mark.slow), "stepped"],
+)
 def test_levels_together_or_step_by_step_are_looped_levels(trainer, name):
     assert_close(trainer(name)(), trainer("clipped adamw")(), rtol=1e-6, atol=1e-6)
 
