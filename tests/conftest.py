@@ -89,3 +89,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         name = "study" if item.path.stem in ("test_study", "test_resume") else item.path.stem
         item.add_marker(pytest.mark.xdist_group(name))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten() -> Iterator[None]:
+    """Forget what was compiled, of which two processes would hold nine gigabytes in the end."""
+    yield
+    jax.clear_caches()

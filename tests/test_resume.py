@@ -135,16 +135,15 @@ def test_a_finished_run_trains_nothing_and_says_so(full):
     assert results.read_config(folder / "config.json")["seeds"] == 2
 
 
-@pytest.mark.parametrize(
-    "new", [("weight",), pytest.param(("weight", "unit"), marks=pytest.mark.slow)], ids=" ".join
-)
-def test_arms_and_levels_are_added_to_a_finished_run(full, tmp_path, new):
-    expected = [row for row in full[1] if row.seed == 0 and row.granularity in new]
+@pytest.mark.parametrize("last", ["one_shot", pytest.param("trained", marks=pytest.mark.slow)])
+def test_arms_and_levels_are_added_to_a_finished_run(full, tmp_path, last):
+    both = tuple(dict.fromkeys(("one_shot", last)))
+    expected = [row for row in full[1] if row.seed == 0 and row.protocol in both]
     folder, added = tmp_path / "run", (0.0, 25.0, 75.0)
-    first = sweep(folder, granularities=("weight",), protocols=("trained",))
-    assert_same_rows(first, pick(expected, granularity="weight", protocol="trained"))
-    more = sweep(folder, granularities=new, levels=added)
-    others = [row for row in sweep(granularities=new, levels=added) if row.target_sparsity]
+    first = sweep(folder, granularities=("weight",), protocols=(last,))
+    assert_same_rows(first, pick(expected, granularity="weight", protocol=last))
+    more = sweep(folder, protocols=both, levels=added)
+    others = [row for row in sweep(protocols=both, levels=added) if row.target_sparsity]
     assert_same_rows(more, [*expected, *others])
     assert set(map(repr, first)) <= set(map(repr, more))  # times and all: not computed again
     run = jp.load_run(folder)
@@ -153,7 +152,7 @@ def test_arms_and_levels_are_added_to_a_finished_run(full, tmp_path, new):
         masks = run.network(of, 0, level).masks
         [row] = [r for r in more if (r.arm, r.epoch, r.target_sparsity) == (of, 5, level / 100)]
         assert jp.sparsity_of(masks, prunable=lambda path, _: "hidden" in path) == row.sparsity
-    assert sweep(folder, granularities=new, levels=(0.0, 90.0, 25.0)) == more
+    assert sweep(folder, protocols=both, levels=(0.0, 90.0, 25.0)) == more
 
 
 def test_checkpoints_are_thinned_out(full):

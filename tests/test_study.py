@@ -269,13 +269,15 @@ def test_an_optimizer_that_is_not_elementwise_trains_masked(optimizer, monkeypat
     ],
 )
 def test_programs_are_compiled_once_for_all_levels_and_once_a_distinct_width(
-    tmp_path, change, widths
+    full, tmp_path, change, widths
 ):
-    sweep(tmp_path / "run", **change)
+    folder = full[0]  # of two seeds: none compiles anew
+    if change:
+        sweep(folder := tmp_path / "run", **change)
     # Training and scoring of one network and of all levels (weight and unit share them), scoring
     # dense with predictions and without, and two selections by two granularities; then training
     # and scoring of every width.
-    assert jp.load_run(tmp_path / "run").config["compilations"] == 8 + 2 * widths
+    assert jp.load_run(folder).config["compilations"] == 8 + 2 * widths
 
 
 def test_dropout_does_not_compile_what_is_scored_anew_for_every_set_of_units(tmp_path):
@@ -295,6 +297,7 @@ def test_dropout_does_not_compile_what_is_scored_anew_for_every_set_of_units(tmp
     assert notes[0].done < notes[-1].done == 1.0 and notes[-1].seconds_left == 0
 
 
+@pytest.mark.slow
 def test_traces_do_not_depend_on_seeds(full):
     traced = Traced()
     sweep(network=traced.network)
@@ -399,7 +402,10 @@ def test_a_dense_network_that_diverges_stops_the_run(tmp_path):
 
 @pytest.mark.parametrize(
     ("broken_at", "message"),
-    [(None, "leaf 'hidden_1/kernel' at epoch 1, seed 0"), (0.3, "at epoch 4, seed 0")],
+    [
+        (None, "leaf 'hidden_1/kernel' at epoch 1, seed 0"),
+        pytest.param(0.3, "at epoch 4, seed 0", marks=pytest.mark.slow),
+    ],
 )
 def test_scores_that_are_not_finite_stop_the_run_and_keep_the_rows(tmp_path, broken_at, message):
     def late(params):
@@ -437,14 +443,14 @@ def test_splits_of_lists_are_named():
 
 
 def test_criteria_and_scopes_stand_side_by_side_and_share_the_dense_run(tmp_path):
-    criteria, notes = ("magnitude", "random", "saliency"), []
+    criteria, notes = ("magnitude", "saliency"), []
     rows = sweep(tmp_path / "run", criteria=criteria, scopes=("layer", "global"), epochs=2,
                  granularities=("weight",), report=notes.append)  # fmt: skip
-    assert len(rows) == 3 * 2 * 2 * 2 * 3
+    assert len(rows) == 2 * 2 * 2 * 2 * 3
     dense = pick(rows, target_sparsity=0.0, epoch=2)
-    assert len(dense) == 12 and len({row.metrics["loss"] for row in dense}) == 1
+    assert len(dense) == 8 and len({row.metrics["loss"] for row in dense}) == 1
     pruned = pick(rows, target_sparsity=0.9, epoch=2, protocol="one_shot")
-    assert len({row.metrics["loss"] for row in pruned}) == 6
+    assert len({row.metrics["loss"] for row in pruned}) == 4
     run = jp.load_run(tmp_path / "run")
     for row in pick(rows, epoch=2, scope="global"):
         masks = run.network(row.arm, 0, 100 * row.target_sparsity).masks

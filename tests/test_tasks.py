@@ -252,7 +252,10 @@ def test_levels_vmapped_are_levels_looped(case):
 @pytest.mark.parametrize(
     ("name", "dtype", "n"),
     [("classification", "float16", 70_000), ("classification", "bfloat16", 10_000)]
-    + [(name, "float16", 3000) for name in ("tokens", "regression", "own_loss")],
+    + [
+        pytest.param(name, "float16", 3000, marks=pytest.mark.slow)
+        for name in ("tokens", "regression", "own_loss")
+    ],
 )
 def test_narrow_outputs_are_scored_in_float32(name, dtype, n):
     # So many overflow float16, and are not told apart by bfloat16.
