@@ -4,7 +4,7 @@ PYTHON ?= python3
 EXTRAS ?= dev
 ARGS ?=
 RUN ?= figures
-PARALLEL ?= -n auto --maxprocesses 4 --dist loadgroup
+PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile
 
 # An environment holds a stamp, written last, of what it was made of: the place and the pins. One that
 # was interrupted, moved, edited or lost its interpreter is made anew; one that is right is not touched.

@@ -84,13 +84,6 @@ def finished_study(
     return folder, sweep(folder, traced.network, seeds=2), traced.times
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a file in one process, and those of the small study, whose programs are the same."""
-    for item in items:
-        name = "study" if item.path.stem in ("test_study", "test_resume") else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(name))
-
-
 @pytest.fixture(scope="module", autouse=True)
 def forgotten() -> Iterator[None]:
     """Forget what was compiled, of which two processes would hold nine gigabytes in the end."""
