@@ -42,8 +42,8 @@ def main() -> None:
     except NotFinite as error:
         stop(1, "; ".join([str(error), *getattr(error, "__notes__", ())]))
     except (Exception, SystemExit) as error:
-        if config and (place := place_in_own_code(error, config)):
-            stop(2, place)
+        if config and (line := error_in_own_code(error, config)):
+            stop(2, line)
         if isinstance(error, ValueError | OSError | ModuleNotFoundError):
             stop(2, str(error))
         if isinstance(error, TypeError):  # of what was made of the flags, such as integer leaves
@@ -144,7 +144,7 @@ def progress_display() -> Iterator[Callable[["Progress | str"], None]]:
         yield tell
 
 
-def place_in_own_code(error: BaseException, config: Config) -> str:
+def error_in_own_code(error: BaseException, config: Config) -> str:
     """Return the error with file and line where a function of the user's raised it, "" if none did.
 
     It may be the cause of the one that is given, which then says more.

@@ -244,7 +244,7 @@ def test_compact_equals_masked(name: str) -> None:
     shapes = jax.eval_shape(lambda params: params, case.params)
     assert remaining(case.apply, shapes, inputs(case, 3))(masks) == case.left
     masked = derivative(case.apply)
-    check_compact(masked, case.params, masks, plan, [inputs(case, 2)], 1e-5)
+    check_compact(masked, case.params, masks, plan, [inputs(case, 3), inputs(case, 2)], 1e-5)
     restored = plan.expand(plan.params)
     jax.tree.map(np.testing.assert_array_equal, plan.shrink(restored), plan.params)
 
@@ -449,7 +449,7 @@ def test_units_that_share_a_value_are_removed_exactly(name: str, sparsity: float
     masks = group_masks(dependency_graph(apply, params, x), params, sparsity)
     plan = compaction(apply, params, masks, x, fold=False)
     assert plan.params["hidden"].shape == (5, 10 - round(10 * sparsity))
-    check_compact(derivative(apply), params, masks, plan, [normal(7, 5)], 1e-5)
+    check_compact(derivative(apply), params, masks, plan, [x, normal(7, 5)], 1e-5)
     with jax.enable_x64(True):
         params = jax.tree.map(lambda w: jnp.asarray(w, np.float64), params)
         plan = compaction(apply, params, masks, jnp.asarray(x, np.float64), fold=False)

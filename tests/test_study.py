@@ -443,14 +443,14 @@ def test_splits_of_lists_are_named():
 
 
 def test_criteria_and_scopes_stand_side_by_side_and_share_the_dense_run(tmp_path):
-    criteria, notes = ("magnitude", "saliency"), []
+    criteria, notes = ("magnitude", "random", "saliency"), []
     rows = sweep(tmp_path / "run", criteria=criteria, scopes=("layer", "global"), epochs=2,
                  granularities=("weight",), report=notes.append)  # fmt: skip
-    assert len(rows) == 2 * 2 * 2 * 2 * 3
+    assert len(rows) == 3 * 2 * 2 * 2 * 3
     dense = pick(rows, target_sparsity=0.0, epoch=2)
-    assert len(dense) == 8 and len({row.metrics["loss"] for row in dense}) == 1
+    assert len(dense) == 12 and len({row.metrics["loss"] for row in dense}) == 1
     pruned = pick(rows, target_sparsity=0.9, epoch=2, protocol="one_shot")
-    assert len({row.metrics["loss"] for row in pruned}) == 4
+    assert len({row.metrics["loss"] for row in pruned}) == 6
     run = jp.load_run(tmp_path / "run")
     for row in pick(rows, epoch=2, scope="global"):
         masks = run.network(row.arm, 0, 100 * row.target_sparsity).masks
