@@ -1,7 +1,9 @@
 """What all tests share: two CPU devices, strict JAX, checked shapes and types, real data."""
 
+import atexit
 import gc
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,15 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
 )
+# Each sweep makes its programs anew, most of them the same, as do processes beside and below this.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    compiled = tempfile.TemporaryDirectory()
+    atexit.register(compiled.cleanup)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
 
 import jaxprune
@@ -45,25 +53,6 @@ def fashion_mnist() -> data.Data:
     return data.load("fashion_mnist")
 
 
-@pytest.fixture(scope="session")
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Keep what is compiled: each sweep makes its programs anew, most of them the same."""
-    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(tmp_path_factory.mktemp("compiled"))
-    options = {
-        "jax_compilation_cache_dir": folder,
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield folder
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
 @pytest.fixture
 def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache in place of the user's, for the test and the commands it starts."""
@@ -74,9 +63,7 @@ def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished_study(
-    tmp_path_factory: pytest.TempPathFactory, compiled_once: str
-) -> tuple[Path, Any, int]:
+def finished_study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, int]:
     """A finished run of two seeds of the small study: its folder, its rows, how often it traced."""
     from tests.studies import Traced, sweep
 

@@ -36,7 +36,7 @@ for line in sys.stdin:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def levels(compiled_once: str) -> Iterator[None]:
+def levels() -> Iterator[None]:
     """Few, since every level without its units is programs of its own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark.config, "LEVELS", (0.0, 50.0, 90.0))

@@ -24,7 +24,6 @@ from jaxprune.study import setup
 from jaxprune.trees import paths_and_leaves, stack
 from tests.studies import assert_same_rows, silent
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
 slow = pytest.mark.slow
 UNIT = Arm("magnitude", "unit", "layer", "trained")
 
@@ -147,7 +146,7 @@ def of(*names):
 
 
 @pytest.fixture(scope="module")
-def done(request, fashion_mnist, tmp_path_factory, compiled_once):
+def done(request, fashion_mnist, tmp_path_factory):
     """A finished run."""
     name, folder = request.param, tmp_path_factory.mktemp(request.param)
     given = GIVEN[name](fashion_mnist, folder)

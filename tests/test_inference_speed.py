@@ -24,7 +24,7 @@ def small(fashion_mnist: Data) -> Data:
 
 
 @pytest.fixture(scope="module")
-def run_dir(small: Data, compiled_once: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_dir(small: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of a small network."""
     folder = tmp_path_factory.mktemp("runs") / "small"
     settings = {"dataset": "fashion_mnist", "hidden_sizes": [64, 100]}

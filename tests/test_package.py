@@ -260,7 +260,6 @@ def examples() -> Iterator[tuple[str, str, int, str]]:
 SLOW = {"run_sweep", "resnet20", "transformer", "convnet"}
 
 
-@pytest.mark.usefixtures("compiled_once")
 @pytest.mark.parametrize(
     ("module", "name", "line", "text"),
     [

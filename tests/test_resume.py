@@ -33,7 +33,6 @@ from tests.studies import (
 )
 
 REPOSITORY = Path(__file__).parents[1]
-pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(scope="module")
@@ -349,21 +348,19 @@ def test_when_one_dense_network_diverges_the_other_seeds_go_on(tmp_path):
 # kill -9
 
 
-def run_child(folder, cache, *seconds):
+def run_child(folder, *seconds):
     return subprocess.Popen(
         [sys.executable, __file__, str(folder), *map(str, seconds)], stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_COMPILATION_CACHE_DIR": cache,
-             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"},
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
     )  # fmt: skip
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments(full, tmp_path, compiled_once):
+def test_killed_at_random_moments(full, tmp_path):
     _, expected = full
     folder, kills = tmp_path / "run", 0
     for seconds in (random.uniform(0, 1), random.uniform(0.5, 2)):
-        child = run_child(folder, compiled_once, seconds)
+        child = run_child(folder, seconds)
         _, errors = child.communicate(timeout=120)
         assert child.returncode in (0, -signal.SIGKILL), errors.decode()
         kills += child.returncode != 0

@@ -36,7 +36,6 @@ from tests.studies import (
 )
 
 WEIGHTS = 8 * 16 + 16 * 12
-pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,6 @@ from tests.test_data import idx
 SWEEP = Path(sweep.__file__)
 SMALL = ("--hidden-sizes", 12, 10, "--batch-size", 32)
 QUICK = (*SMALL, "--levels", 0, 50, "--epochs", 1, "--granularities", "weight")
-pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 class Done(NamedTuple):
@@ -88,7 +87,7 @@ def dataset(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def finished(dataset, tmp_path_factory, compiled_once):
+def finished(dataset, tmp_path_factory):
     """The flags of a finished run, its folder, and what the command printed."""
     run_dir = tmp_path_factory.mktemp("runs") / "run"
     flags = ("--dataset", dataset, "--run-dir", run_dir, "--levels", 0, 90, *SMALL)
@@ -518,17 +517,13 @@ def test_a_run_made_otherwise_is_refused_and_nothing_is_overwritten(
     assert written(run_dir, tmp_path) == before
 
 
-def test_ctrl_c_exits_130_and_the_same_command_goes_on(dataset, tmp_path, compiled_once):
+def test_ctrl_c_exits_130_and_the_same_command_goes_on(dataset, tmp_path):
     flags = ("--dataset", dataset, "--run-dir", tmp_path / "run", *QUICK, "--epochs", 16,
              "--protocols", "one_shot")  # fmt: skip
     # What a shell starts in the background ignores Ctrl-C, and so would what the tests start.
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    cached = environment(
-        JAX_COMPILATION_CACHE_DIR=compiled_once, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-        JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
-    )  # fmt: skip
     process = subprocess.Popen(
-        [sys.executable, SWEEP, *map(str, flags)], env=cached, text=True,
+        [sys.executable, SWEEP, *map(str, flags)], env=environment(), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     signal.signal(signal.SIGINT, handler)
