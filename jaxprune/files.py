@@ -10,6 +10,11 @@ from pathlib import Path
 from typing import Any
 
 
+def user_cache() -> Path:
+    """Return where to keep what can be had again, `$XDG_CACHE_HOME/jaxprune` or `~/.cache/...`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "jaxprune").expanduser()
+
+
 def write(path: Path, data: bytes | str) -> None:
     """Write a file under another name, to disk, and rename it; an error leaves nothing.
 

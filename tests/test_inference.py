@@ -1,9 +1,11 @@
 """Sparse inference: the kernel against NumPy, compiled networks against masked dense ones."""
 
 import gc
+import json
 import threading
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -18,6 +20,8 @@ from jaxprune.sparse.program import Layer
 from tests import zoo
 from tests.compare import masked_by_hand
 
+pytestmark = pytest.mark.usefixtures("cache_dir")  # what is fastest is measured in every test
+
 
 @pytest.fixture
 def sparse(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,7 +33,7 @@ def sparse(monkeypatch: pytest.MonkeyPatch) -> None:
         return len(choices) - 1
 
     monkeypatch.setattr(inference, "fastest", last)
-    monkeypatch.setattr(inference, "_faster_alone", lambda _, products, x: [*range(len(products))])
+    monkeypatch.setattr(inference, "_faster_alone", lambda _, products, x: (*range(len(products)),))
 
 
 def random_masks(params: Any, density: float) -> Any:
@@ -187,6 +191,30 @@ def test_measures_once_a_kind_of_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     assert more and {*more} <= {(90, 20), (90, 30)}
     jax.jit(fast)(inputs(90, 20))
     assert seen == [*first, *more]
+
+
+def test_what_was_measured_is_remembered_where_the_weights_are_as_many(
+    monkeypatch: pytest.MonkeyPatch, cache_dir: Path
+) -> None:
+    seen = []
+    monkeypatch.setattr(inference, "_faster_alone", lambda *_: ())
+    monkeypatch.setattr(inference, "fastest", lambda choices, x: seen.append(1) or 2)
+    params, x = mlp_params(20, 30, 10), inputs(7, 20)
+    masks = random_masks(params, 0.2)
+    for scale in (1, 2):
+        new = jax.tree.map(lambda w, s=scale: w * s, params)
+        check(jp.compile_sparse(mlp, new, masks, x), mlp, new, masks, x)
+        assert len(seen) == 1 and calls(jp.compile_sparse(mlp, new, masks, x), x) == 1
+    jp.compile_sparse(mlp, params, random_masks(params, 0.3), x)
+    assert len(seen) == 2
+    [file] = (cache_dir / "jaxprune").iterdir()
+    assert len(json.loads(file.read_text())) == 2
+    for text in ("", "[1]", "{"):  # cut, or another's
+        file.write_text(text)
+        check(jp.compile_sparse(mlp, params, masks, x), mlp, params, masks, x)
+    file.unlink()
+    file.mkdir()  # cannot be read or written
+    check(jp.compile_sparse(mlp, params, masks, x), mlp, params, masks, x)
 
 
 def test_under_jit_first(sparse: None) -> None:

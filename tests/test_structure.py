@@ -711,6 +711,41 @@ def test_constants_are_folded_into_the_next_bias() -> None:
         check_values(apply, params, masks, plan, x)
 
 
+@pytest.mark.parametrize(
+    ("width", "output"),
+    [
+        (1, lambda x, k, b: x @ k + b),
+        (2, lambda x, k, b: (k.T @ x.T).T + b),
+        (1, lambda x, k, b: b.reshape(1, -1) + x @ k),
+        (1, lambda x, k, b: (b[:, None] + k.T @ x.T).T),
+        (2, lambda x, k, b: x @ k * 2 + b),
+        (2, lambda x, k, b: x @ k + 2 * b),
+        (2, lambda x, k, b: x @ (k * 2) + b),
+        (2, lambda x, k, b: (x @ k + b, b)),
+        (2, lambda x, k, b: (x @ k + b, k)),
+        (2, lambda x, k, b: (x @ k + b) * b.sum()),
+        (2, lambda x, k, b: [y + b.at[0].add(y.mean()) for y in [x @ k]][0]),
+        (2, lambda x, k, b: jax.lax.cond(True, lambda k: x @ k, lambda k: -x @ k, k) + b),
+    ],
+)
+def test_constants_go_to_a_bias_and_through_a_kernel_of_no_other_use(
+    width: int, output: Any
+) -> None:
+    def apply(params: Any, x: Any) -> Any:
+        x = jax.nn.sigmoid(x @ params["a"]["kernel"] + params["a"]["bias"])
+        return output(x, params["b"]["kernel"], params["b"]["bias"])
+
+    layers = {"a": {"kernel": (3, 2), "bias": (2,)}, "b": {"kernel": (2, 2), "bias": (2,)}}
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        params = draw(layers)
+        masks = jax.tree.map(lambda w: np.ones(w.shape, bool), params)
+        masks["a"]["kernel"][:, 0] = False
+        plan = compaction(apply, params, masks, jnp.ones((2, 3)))
+        assert plan.widths["a/kernel"] == (2, width)
+        if jax.tree.structure(apply(params, normal(2, 3))).num_leaves == 1:
+            check_values(apply, params, masks, plan, normal(5, 3))
+
+
 def test_a_constant_without_a_bias_to_go_to_stays() -> None:
     apply, params = through(lambda x: jax.nn.sigmoid(x)), draw(HIDDEN)
     masks = jax.tree.map(lambda w: np.ones(w.shape, bool), params)

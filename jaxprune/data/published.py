@@ -3,7 +3,6 @@
 import hashlib
 import http.client
 import logging
-import os
 import threading
 import urllib.request
 from collections.abc import Sequence
@@ -56,9 +55,7 @@ SOURCES = {
 
 def load_published(name: str, data_dir: Path | None, cache_dir: Path | None) -> Data:
     """Load a named set from `data_dir` alone, or from wherever it is; keep it in the cache."""
-    if cache_dir is None:
-        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "jaxprune")
-    cache_dir = Path(cache_dir).expanduser()
+    cache_dir = files.user_cache() if cache_dir is None else Path(cache_dir).expanduser()
     raw = cached = _read_if_whole(cache_dir / name, name)
     if data_dir is not None:
         raw = _read(idx.find(Path(data_dir)), name)

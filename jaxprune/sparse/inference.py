@@ -10,7 +10,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ from jax.core import Tracer
 
 from jaxprune import trees
 from jaxprune.masks import check_masks
-from jaxprune.sparse.measure import fastest
+from jaxprune.sparse.measure import fastest, remembered
 from jaxprune.sparse.program import Inlined, Product, chains
 from jaxprune.structure import Compaction
 from jaxprune.types import Apply, Masks, Params
@@ -39,7 +39,8 @@ def compile_sparse(apply: Apply, params: Params, masks: Masks, x: Any) -> "Spars
     nor of stacks of matrices; on other devices units are removed and nothing more. It is for
     inference: sparse products have no derivative. Zeros are skipped, so that an input of infinity
     or NaN need not spread as it does when it is multiplied by a masked weight. To measure, the
-    network is called some dozens of times, with whatever effects it has.
+    network is called some dozens of times, with whatever effects it has; what was fastest is kept
+    in the user's cache, so that the same network with as many weights is not measured again.
 
     Args:
         apply: the network.
@@ -180,7 +181,7 @@ class SparseNetwork:
         self._programs: dict[Any, _Choice] = {}
         self._constants: dict[bytes, Any] = {}
         # What is run sparsely, by the size that it was measured at; None: all as given.
-        self._found: list[tuple[_Size, Sequence[int] | None]] = []
+        self._found: list[tuple[_Size, tuple[int, ...] | None]] = []
         self._lock = threading.RLock()
 
     def __call__(self, x: Any) -> Any:
@@ -228,7 +229,8 @@ class SparseNetwork:
         on_cpu = jax.default_backend() == "cpu"
         possible = [product for product in products if product.float32 and on_cpu]
 
-        def choice(sparse: Sequence[int] | None) -> _Choice:
+        @cache
+        def choice(sparse: tuple[int, ...] | None) -> _Choice:
             if sparse is not None:
                 return _with_sparse(program, [possible[i] for i in sparse], products)
             work = _dense_work(Inlined.of(self._apply, params, x).products())
@@ -240,13 +242,16 @@ class SparseNetwork:
                 found = choice(sparse)
                 break
         else:
-            every, alone = [*range(len(possible))], _faster_alone(program, possible, x)
-            ways = [None, [], every, alone]
-            ways = [way for i, way in enumerate(ways) if way not in ways[:i]]
-            choices = [*map(choice, ways)]
-            best = fastest(choices, x)
-            self._found.append((size, ways[best]))
-            found = choices[best]
+
+            def measured() -> tuple[int, ...] | None:
+                every, alone = (*range(len(possible)),), _faster_alone(program, possible, x)
+                ways = [*dict.fromkeys((None, (), every, alone))]
+                return ways[fastest([*map(choice, ways)], x)]
+
+            kept = [np.count_nonzero(product.layer.weights) for product in products]
+            best = remembered(f"{program.jaxpr} {kept}", measured)
+            self._found.append((size, best if best is None else tuple(best)))
+            found = choice(self._found[-1][1])
         return found._replace(constants=jax.tree.map(self._shared, found.constants))
 
     def _shared(self, constant: Any) -> Any:
@@ -358,10 +363,10 @@ def _rows(product: Product) -> int:
     return math.prod(size for axis, size in sizes if axis not in product.axes)
 
 
-def _faster_alone(program: Inlined, products: Sequence[Product], x: Any) -> list[int]:
+def _faster_alone(program: Inlined, products: Sequence[Product], x: Any) -> tuple[int, ...]:
     """Return which products are faster over the kept weights, each measured by itself."""
     if not products:
-        return []
+        return ()
     from jaxprune.sparse import kernel
 
     faster: dict[Any, bool] = {}
@@ -389,4 +394,4 @@ def _faster_alone(program: Inlined, products: Sequence[Product], x: Any) -> list
             faster[key] = fastest(choices, rows) == 1
         if faster[key]:
             chosen.append(i)
-    return chosen
+    return tuple(chosen)

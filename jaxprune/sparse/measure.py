@@ -1,5 +1,10 @@
-"""Which of several functions is fastest here, of those that return the same."""
+"""Which of several functions is fastest here, of those that return the same; and was before."""
 
+import contextlib
+import hashlib
+import json
+import os
+import platform
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,9 +13,45 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune import files
+
 # A measurement: of so many rounds at least, and at most, and of so many seconds in between.
 _ROUNDS = 9, 30
 _SECONDS = 0.5
+_REMEMBERED = 1000  # choices, of which the oldest go
+
+
+def remembered(kind: str, choose: Callable[[], Any]) -> Any:
+    """Return what was chosen for a kind on this machine, or choose.
+
+    Choices are in `choices.json` in the user's cache; what is not there, cannot be read or cannot
+    be written is chosen anew.
+
+    Args:
+        kind: whatever the choice depends on besides the machine and the version of JAX.
+        choose: returns what JSON holds.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    machine = f"{_processor()} {cores} {jax.__version__}"
+    key = hashlib.sha256(f"{machine}\n{kind}".encode()).hexdigest()[:32]
+    path, known = files.user_cache() / "choices.json", {}
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(path.read_text())
+        known = found if isinstance(found, dict) else {}
+    if key not in known:
+        known[key] = choose()
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.write(path, json.dumps(dict([*known.items()][-_REMEMBERED:])))
+    return known[key]
+
+
+def _processor() -> str:
+    """Return what the processor is called, as precisely as the system tells."""
+    with contextlib.suppress(OSError, IndexError):
+        with open("/proc/cpuinfo") as file:
+            return [line for line in file if line.startswith("model name")][0]
+    return platform.processor() or platform.machine()
 
 
 def fastest(choices: Sequence[Callable[[Any], Any]], x: Any) -> int:

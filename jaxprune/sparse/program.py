@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Literal, Var
+from jax.extend.core import ClosedJaxpr, Literal, Var
 
+from jaxprune.structure import sources
 from jaxprune.structure.program import bind, walk
 from jaxprune.structure.rules.calls import called
 from jaxprune.types import Apply, Params
@@ -152,18 +153,14 @@ class Inlined(NamedTuple):
 
     def products(self) -> list[Product]:
         """Return the products with weights of parameters, and what follows each."""
-        eqns = self.jaxpr.eqns
-        sources: dict[Any, frozenset[int]] = {}  # of what does not depend on the inputs
-        sources |= {var: frozenset() for var in self.jaxpr.constvars}
-        sources |= {var: frozenset([i]) for i, var in enumerate(self.jaxpr.invars[: self.leaves])}
-        uses: dict[Any, list[int]] = {var: [] for var in sources}
+        eqns, fixed = self.jaxpr.eqns, {*self.known}  # what does not depend on the inputs
+        uses: dict[Any, list[int]] = {}
         for i, eqn in enumerate(eqns):
             operands = [v for v in eqn.invars if isinstance(v, Var)]
             for var in operands:
                 uses.setdefault(var, []).append(i)
-            if all(var in sources for var in operands) and not eqn.effects:
-                every = frozenset().union(*(sources[var] for var in operands))
-                sources |= dict.fromkeys(eqn.outvars, every)
+            if fixed.issuperset(operands) and not eqn.effects:
+                fixed.update(eqn.outvars)
         for var in self.jaxpr.outvars:
             if isinstance(var, Var):
                 uses.setdefault(var, []).append(-1)
@@ -175,29 +172,32 @@ class Inlined(NamedTuple):
             a, b = eqns[i].invars
             return i, eqns[i].primitive.name, b if a is var else a
 
-        found = [
-            (i, x, weights, swapped)
-            for i, eqn in enumerate(eqns)
-            if eqn.primitive.name == "dot_general"
-            for x, weights, swapped in ((*eqn.invars, False), (*eqn.invars[::-1], True))
-            if sources.get(weights) and x not in sources and weights.aval.size
-            if eqn.params["dimension_numbers"][1] == ((), ())
-        ]
-        others = [follower(eqns[i].outvars[0])[2] for i, *_ in found]
-        wanted = [weights for _, _, weights, _ in found]
-        wanted += [var for var in others if isinstance(var, Var) and var in sources]
+        def weights(i: int, product: sources.Product) -> Any:
+            return eqns[i].invars[1 - product.operand]
+
+        closed = ClosedJaxpr(self.jaxpr, [self.known[var] for var in self.jaxpr.constvars])
+        ranks = [var.aval.ndim for var in self.jaxpr.invars[: self.leaves]]
+        read = sources.read(closed, ranks).products
+        found = {
+            at[0]: product
+            for at, product in read.items()
+            if len(at) == 1 and eqns[at[0]].primitive.name == "dot_general" and product.leaves
+            if eqns[at[0]].params["dimension_numbers"][1] == ((), ())
+            if (var := weights(at[0], product)) in fixed and var.aval.size
+        }
+        wanted = [weights(i, product) for i, product in found.items()]
+        others = [follower(eqns[i].outvars[0])[2] for i in found]
+        wanted += [var for var in others if isinstance(var, Var) and var in fixed]
         value = dict(zip(wanted, map(np.asarray, self.values(wanted)), strict=True))
-        return [
-            self._product(i, x, weights, swapped, value, sources[weights], follower)
-            for i, x, weights, swapped in found
-        ]
+        return [self._product(i, product, value, follower) for i, product in found.items()]
 
     def _product(
-        self, i: int, x: Any, weights: Any, swapped: bool, value: dict[Any, np.ndarray],
-        leaves: frozenset[int], follower: Callable[[Any], tuple[int, str, Any]],
+        self, i: int, read: sources.Product, value: dict[Any, np.ndarray],
+        follower: Callable[[Any], tuple[int, str, Any]],
     ) -> Product:  # fmt: skip
         """Return a product, of its equation's number, with the bias and ReLU that follow it."""
-        eqns = self.jaxpr.eqns
+        eqns, swapped = self.jaxpr.eqns, read.operand == 1
+        x, weights = eqns[i].invars[read.operand], eqns[i].invars[1 - read.operand]
         (axes, fixed), _ = eqns[i].params["dimension_numbers"]
         if swapped:
             axes, fixed = fixed, axes
@@ -223,7 +223,7 @@ class Inlined(NamedTuple):
             free=free,
             swapped=swapped,
             out=out,
-            leaves=leaves,
+            leaves=read.leaves,
             float32=types == {jnp.dtype(jnp.float32)},
             single=follower(out)[0] >= 0,
         )

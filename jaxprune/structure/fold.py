@@ -8,18 +8,19 @@ masked; `compaction` then removes it as it does any other.
 from typing import Any, NamedTuple
 
 import numpy as np
-from jax.extend.core import Literal
+from jax.extend.core import ClosedJaxpr
 
 from jaxprune.structure import axes as ax
 from jaxprune.structure.facts import Facts, Place
 from jaxprune.structure.program import Program
 from jaxprune.structure.rules.base import Keep
+from jaxprune.structure.sources import read
 
 
 class _Sum(NamedTuple):
-    """A `dot_general` of the program whose result takes a bias, and leaves by number."""
+    """A product of the program whose result takes a bias, and leaves by number."""
 
-    operand: int  # that is no leaf
+    operand: int  # that depends on the inputs
     axis: ax.Axis  # of the operand, summed over
     kernel: int
     rows: int  # the kernel's axis that is summed over
@@ -101,60 +102,12 @@ def _sums(program: Program) -> dict[Place, _Sum]:
 
     Kernel and bias must be leaves of no other use, since both are changed.
     """
-    node = program.node
-    eqns: list[Any] = list(node.jaxpr.eqns)
-    uses: dict[Any, list[int]] = {}
-    for i, eqn in enumerate(eqns):
-        for x in eqn.invars:
-            if not isinstance(x, Literal):
-                uses.setdefault(x, []).append(i)
-    results = [x for x in node.jaxpr.outvars if not isinstance(x, Literal)]
-    number = {x: i for i, x in enumerate(node.jaxpr.invars[: len(program.leaves)])}
-    made = {x: eqn for eqn in eqns for x in eqn.outvars}
-
-    def once(x: Any) -> bool:
-        return len(uses.get(x, ())) == 1 and x not in results
-
-    def bias_of(x: Any, axis: int) -> int | None:
-        """Return the leaf that is spread along an axis, one leaf axis and nothing else."""
-        while once(x) and x not in number:
-            eqn = made.get(x)
-            shape = () if eqn is None else eqn.invars[0].aval.shape if eqn.invars else ()
-            if eqn is None or eqn.primitive.name not in ("broadcast_in_dim", "reshape"):
-                return None
-            n = x.aval.shape[axis]
-            if eqn.primitive.name == "broadcast_in_dim":
-                dims = eqn.params["broadcast_dimensions"]
-                if axis not in dims:
-                    return None
-                axis = dims.index(axis)
-            elif int(np.prod(x.aval.shape)) == n and n in shape and n == int(np.prod(shape)):
-                axis = shape.index(n)
-            else:
-                return None
-            x = eqn.invars[0]
-            if x.aval.shape[axis] != n or int(np.prod(x.aval.shape)) != n:
-                return None
-        return number[x] if once(x) and x in number and x.aval.ndim == 1 else None
-
-    found: dict[Place, _Sum] = {}
-    for number_of, eqn in enumerate(eqns):
-        if eqn.primitive.name != "dot_general" or not once(eqn.outvars[0]):
-            continue
-        sums, batch = eqn.params["dimension_numbers"]
-        then = eqns[uses[eqn.outvars[0]][0]]
-        for k in (0, 1):
-            kernel = eqn.invars[1 - k]
-            if kernel not in number or not once(kernel) or kernel.aval.ndim != 2:
-                continue
-            if batch[0] or len(sums[0]) != 1 or then.primitive.name != "add":
-                continue
-            if isinstance(then.invars[0], Literal) or isinstance(then.invars[1], Literal):
-                continue
-            other = then.invars[1 if then.invars[0] is eqn.outvars[0] else 0]
-            rank = eqn.outvars[0].aval.ndim
-            bias = bias_of(other, rank - 1 if k == 0 else 0) if rank else None
-            if bias is not None:
-                axis = node.operands[number_of][k][sums[k][0]]
-                found[number_of,] = _Sum(k, axis, number[kernel], sums[1 - k][0], bias)
+    node, found = program.node, {}
+    closed = ClosedJaxpr(node.jaxpr, node.consts)
+    for place, product in read(closed, [leaf.ndim for leaf in program.leaves]).products.items():
+        if len(place) == 1 and product.matrix is not None and product.bias is not None:
+            k, [use] = product.operand, product.orders
+            [summed] = node.jaxpr.eqns[place[0]].params["dimension_numbers"][0][k]
+            axis = node.operands[place[0]][k][summed]
+            found[place] = _Sum(k, axis, product.matrix, use.contracted[0], product.bias)
     return found

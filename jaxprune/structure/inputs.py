@@ -83,8 +83,11 @@ def _collector(apply: Apply, params: Params, x: Any, reduce: Any) -> Callable[..
     leaves = trees.paths_and_leaves(abstract)
     reading = read(closed, [leaf.ndim for _, leaf in leaves])
     wanted = {
-        place: (operand, {layer_of(use, leaves, reading.last): o for use, o in orders.items()})
-        for place, (operand, orders) in reading.products.items()
+        place: (
+            product.operand,
+            {layer_of(use, leaves, reading.last): order for use, order in product.orders.items()},
+        )
+        for place, product in reading.products.items()
     }
 
     def run(params: Params, x: Any) -> _Found:

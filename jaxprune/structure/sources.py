@@ -6,15 +6,15 @@ come its products with weights that are made of leaves; `layers` gives them thei
 
 import copy
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
 from jaxprune.structure import origins
 from jaxprune.structure.facts import Place
-from jaxprune.structure.origins import NOTHING, Axis, union
+from jaxprune.structure.origins import NOTHING, Axis, Value, Weights, after, either, made_of, union
 from jaxprune.structure.program import walk
 from jaxprune.structure.rules import RULES
 from jaxprune.structure.rules.calls import called, closed_call, scan_sizes
@@ -39,12 +39,20 @@ class Product(NamedTuple):
 
     Attributes:
         operand: the number of the operand that depends on the inputs.
-        orders: of each use of a leaf there the axes of the other operand that are summed over, in
-            the order that they have in the leaf.
+        orders: of each use of a leaf there the axes of the weights that are summed over, in the
+            order that they have in the leaf.
+        leaves: that the weights are made from; none of those that the inputs choose.
+        matrix: the leaf of two axes that the weights are, transposed at most, if it is used for
+            nothing else.
+        bias: the leaf that is all that is done with the result, added along its outputs, if it is
+            used for nothing else either.
     """
 
     operand: int
     orders: dict[Use, tuple[int, ...]]
+    leaves: frozenset[int] = frozenset()
+    matrix: int | None = None
+    bias: int | None = None
 
 
 class Reading(NamedTuple):
@@ -70,11 +78,13 @@ def read(closed: ClosedJaxpr, ranks: Sequence[int]) -> Reading:
         closed: the program; its first arguments are the leaves.
         ranks: how many axes each leaf has.
     """
-    inputs = [_leaf(i, ndim) for i, ndim in enumerate(ranks)]
-    inputs += [_Value(None) for _ in closed.jaxpr.invars[len(ranks) :]]
+    inputs = [origins.leaf(i, ndim) for i, ndim in enumerate(ranks)]
+    inputs += [Value(None) for _ in closed.jaxpr.invars[len(ranks) :]]
     reader = _Reader()
-    near = union([value.near for value in reader.run(closed, inputs)])
-    after = {
+    outputs = reader.run(closed, inputs)
+    reader.take_in(outputs)
+    near = union([value.near for value in outputs])
+    earlier = {
         leaf
         for leaf in near
         for other in near
@@ -86,77 +96,15 @@ def read(closed: ClosedJaxpr, ranks: Sequence[int]) -> Reading:
         if key not in reader.experts
     ]
     uses = [*reader.uses, *dict.fromkeys(embeddings)]
-    return Reading(uses, {*near} - after, reader.products)
-
-
-class _Weights(NamedTuple):
-    """What a value is made of that is computed from leaves and constants alone.
-
-    Attributes:
-        axes: of the value.
-        leaves: that it is computed from.
-        inner: axes of leaves that products of such values sum over.
-        lookups: those that it comes from.
-    """
-
-    axes: tuple[Axis, ...]
-    leaves: frozenset[int] = frozenset()
-    inner: Axis = NOTHING
-    lookups: frozenset[tuple[int, int]] = frozenset()
-
-
-class _Value(NamedTuple):
-    """What is known of a value of the program.
-
-    Attributes:
-        weights: None for what depends on the inputs, unless indices of theirs choose of leaves.
-        data: whether it depends on the inputs.
-        near: the leaves of the products that it is computed from with no other in between.
-        before: the leaves of all products that it is computed from.
-        product: those of the product that it is, up to its shape, biases and scales.
-    """
-
-    weights: _Weights | None
-    data: bool = True
-    near: frozenset[int] = frozenset()
-    before: frozenset[int] = frozenset()
-    product: frozenset[int] = frozenset()
-
-    @property
-    def made(self) -> bool:
-        """Whether it is computed from leaves, and not from the inputs."""
-        return self.weights is not None and bool(self.weights.leaves) and not self.data
-
-
-def _leaf(number: int, ndim: int) -> _Value:
-    axes = tuple(frozenset([(number, axis)]) for axis in range(ndim))
-    return _Value(_Weights(axes, frozenset([number])), data=False)
-
-
-def _constant(value: Any) -> _Value:
-    return _Value(_Weights((NOTHING,) * np.ndim(value)), data=False)
-
-
-def _made_of(parts: Sequence[_Weights], axes: Sequence[Axis]) -> _Weights:
-    """Return what is made of several, with these axes."""
-    leaves, inner, lookups = (union([part[i] for part in parts]) for i in (1, 2, 3))
-    return _Weights(tuple(axes), leaves, inner, lookups)
-
-
-def _after(values: Sequence[_Value], weights: _Weights | None = None) -> _Value:
-    """Return what is computed from several values."""
-    near, before = (union([value[i] for value in values]) for i in (2, 3))
-    return _Value(weights, any(value.data for value in values), near, before)
-
-
-def _either(values: Sequence[_Value]) -> _Value:
-    """Return what is known of a value that is one of several of a shape."""
-    found = _after(values)
-    parts = [value.weights for value in values if value.weights is not None]
-    if found.data:
-        return found
-    axes = [union(each) for each in zip(*(part.axes for part in parts), strict=True)]
-    return found._replace(weights=_made_of(parts, axes))
+    alone = {key for key, times in reader.taken.items() if times == 1}
+    for at, product in reader.products.items():
+        matrix, bias = (
+            n if n is not None and n in alone and ranks[n] == rank else None
+            for n, rank in ((product.matrix, 2), (product.bias, 1))
+        )
+        bias = bias if at in alone else None
+        reader.products[at] = product._replace(matrix=matrix, bias=bias)
+    return Reading(uses, {*near} - earlier, reader.products)
 
 
 @dataclasses.dataclass
@@ -169,6 +117,7 @@ class _Reader:
         experts: the lookups that choose the weights of a product.
         before: for every leaf of a product the leaves of the products before it.
         products: by place.
+        taken: how often a leaf is taken in, and the result of a product, by number and place.
         at: the place that is read.
     """
 
@@ -177,42 +126,51 @@ class _Reader:
     experts: frozenset[tuple[int, int]] = frozenset()
     before: dict[int, frozenset[int]] = dataclasses.field(default_factory=dict)
     products: dict[Place, Product] = dataclasses.field(default_factory=dict)
+    taken: Counter[int | Place | None] = dataclasses.field(default_factory=Counter)
     at: Place = ()
 
-    def run(self, closed: ClosedJaxpr, inputs: Sequence[_Value]) -> list[_Value]:
+    def run(self, closed: ClosedJaxpr, inputs: Sequence[Value]) -> list[Value]:
         """Return what is known of the results of a program."""
         at = self.at
 
-        def step(i: int, eqn: Any, ins: list[_Value]) -> list[_Value]:
-            self.at = (*at, i)
-            return _RULES.get(eqn.primitive.name, _plain)(self, eqn, ins)
+        def step(i: int, eqn: Any, ins: list[Value]) -> list[Value]:
+            self.at, rule = (*at, i), _RULES.get(eqn.primitive.name)
+            if rule is None and (inner := called(eqn)) is not None:
+                return self.run(inner, ins)
+            self.take_in(ins, again=eqn.primitive.name in _SPREAD)
+            return (rule or _plain)(self, eqn, ins)
 
-        constants = [_constant(x.aval) for x in closed.jaxpr.constvars]
-        outs = walk(closed.jaxpr, constants, inputs, step, _constant)
+        constants = [origins.constant(x.aval) for x in closed.jaxpr.constvars]
+        outs = walk(closed.jaxpr, constants, inputs, step, origins.constant)
         self.at = at
         return outs
 
+    def take_in(self, values: Sequence[Value], again: bool = False) -> None:
+        """Count what is taken in; of a leaf that is only spread, who takes in that will count."""
+        self.taken.update(value.result for value in values)
+        self.taken.update(v.weights.itself for v in values if v.weights is not None and not again)
+
     def until_settled(
-        self, carry: Sequence[_Value], step: Callable[[Sequence[_Value]], list[_Value]]
-    ) -> tuple[list[_Value], list[_Value]]:
+        self, carry: Sequence[Value], step: Callable[[Sequence[Value]], list[Value]]
+    ) -> tuple[list[Value], list[Value]]:
         """Return carries of a loop, and what a step gives besides, from their first values."""
         saved = copy.deepcopy(vars(self))
         first, now = list(carry), list(carry)
         while True:
             vars(self).update(copy.deepcopy(saved))
             outs = step(now)
-            after = [_either(pair) for pair in zip(first, outs, strict=False)]
+            after = [either(pair) for pair in zip(first, outs, strict=False)]
             if after == now:
                 return now, outs[len(now) :]
             if [v.data for v in after] != [v.data for v in now]:
                 # What was taken for weights is not: nothing that was found so holds.
                 first = after = [
-                    _Value(None, True, *value[2:]) if new.data else value
+                    Value(None, True, *value[2:]) if new.data else value
                     for value, new in zip(first, after, strict=True)
                 ]
             now = after
 
-    def multiply(self, eqn: Any, k: int, ins: Sequence[_Value]) -> _Value:
+    def multiply(self, eqn: Any, k: int, ins: Sequence[Value]) -> Value:
         """Note a product of which operand `k` is weights, and return its result."""
         weights = ins[k].weights
         assert weights is not None
@@ -240,34 +198,45 @@ class _Reader:
             self.uses[use] = None
             if axes:
                 orders[use] = tuple(sorted(sums[k], key=lambda i: (among(leaf, [i]), i)))  # noqa: B023
-        self.products[self.at] = Product(1 - k, orders)
+        whole = {frozenset([(weights.itself, axis)]) for axis in (0, 1)}
+        matrix = weights.itself if len(weights.axes) == 2 and {*weights.axes} == whole else None
+        leaves = frozenset() if ins[k].data else weights.leaves
+        self.products[self.at] = Product(1 - k, orders, leaves, matrix)
         self.experts |= weights.lookups
         noted = {use.leaf for use in self.uses if use.leaf in weights.leaves and use.contracted}
         near = frozenset(noted) or weights.leaves
         before = union([v.before for v in ins])
         for leaf in near:
             self.before[leaf] = self.before.get(leaf, frozenset()) | before
-        return _Value(None, near=near, before=before | near, product=near)
+        return Value(None, True, near, before | near, near, self.at)
+
+    def add(self, at: Place, added: Weights) -> None:
+        """Note what is added to the result of a matrix, if it is a leaf along its outputs."""
+        product, outputs = self.products[at], frozenset([(added.itself, 0)])
+        only = [i for i, axis in enumerate(added.axes) if axis]
+        last = len(added.axes) - 1 if product.operand == 0 else 0
+        if product.matrix is not None and only == [last] and added.axes[last] == outputs:
+            self.products[at] = product._replace(bias=added.itself)
 
 
-def _plain(reader: _Reader, eqn: Any, ins: list[_Value]) -> list[_Value]:
+def _plain(reader: _Reader, eqn: Any, ins: list[Value]) -> list[Value]:
     """Do an equation that is neither a product nor a lookup."""
-    if (inner := called(eqn)) is not None:
-        return reader.run(inner, ins)
-    merged = _after(ins)
+    merged = after(ins)
     operands = [v for v, x in zip(ins, eqn.invars, strict=True) if not isinstance(x, Literal)]
     if merged.data:
         merged = _note_bias(reader, eqn.primitive.name, merged, operands)
     parts = [value.weights for value in ins if value.weights is not None]
     if len(parts) < len(ins) or (merged.data and len(operands) > 1):
         return [merged] * len(eqn.outvars)
-    axes = _axes_of(eqn, [part.axes for part in parts])
-    return [merged._replace(weights=_made_of(parts, each)) for each in axes]
+    found = [made_of(parts, each) for each in _axes_of(eqn, [part.axes for part in parts])]
+    if eqn.primitive.name in _SPREAD and len(parts) == 1:
+        found = [each._replace(itself=parts[0].itself) for each in found]
+    return [merged._replace(weights=each) for each in found]
 
 
 def _note_bias(
-    reader: _Reader, name: str, merged: _Value, operands: Sequence[_Value]
-) -> _Value:  # fmt: skip
+    reader: _Reader, name: str, merged: Value, operands: Sequence[Value]
+) -> Value:  # fmt: skip
     """Note leaves that are added to a value, or that scale it, and keep what it is of."""
     data = [value for value in operands if value.data]
     if len(data) != 1:
@@ -277,11 +246,14 @@ def _note_bias(
         assert value.weights is not None
         of = tuple(sorted(data[0].product))
         reader.uses |= {Use(n, kind or "", of=of): None for n in sorted(value.weights.leaves)}
+        if name == "add" and data[0].result is not None:
+            reader.add(data[0].result, value.weights)
     stays = kind or name in _SHAPES
     return merged._replace(product=data[0].product) if stays else merged
 
 
-_SHAPES = frozenset("reshape transpose squeeze broadcast_in_dim convert_element_type neg".split())
+_SPREAD = frozenset(("reshape", "transpose", "squeeze", "broadcast_in_dim"))
+_SHAPES = _SPREAD | {"convert_element_type", "neg"}
 
 
 def _axes_of(eqn: Any, ins: Sequence[Any]) -> Sequence[Any]:
@@ -296,7 +268,7 @@ def _axes_of(eqn: Any, ins: Sequence[Any]) -> Sequence[Any]:
     return found
 
 
-def _product(reader: _Reader, eqn: Any, ins: list[_Value]) -> list[_Value]:
+def _product(reader: _Reader, eqn: Any, ins: list[Value]) -> list[Value]:
     """Do a product: of weights and data, of weights that make others, or of data."""
     _, sums, *_ = numbers_of(eqn)
     made = [k for k in (0, 1) if ins[k].made and sums[k]]
@@ -305,7 +277,7 @@ def _product(reader: _Reader, eqn: Any, ins: list[_Value]) -> list[_Value]:
     chosen = [k for k in (0, 1) if ins[k].data and _chosen_weights(ins[k].weights, sums[k])]
     if len(chosen) == 1 and ins[1 - chosen[0]].data:
         return [reader.multiply(eqn, chosen[0], ins)]
-    found = _after(ins)
+    found = after(ins)
     if found.data:
         for value in (value for value in ins if value.made):  # an outer product
             assert value.weights is not None
@@ -314,11 +286,11 @@ def _product(reader: _Reader, eqn: Any, ins: list[_Value]) -> list[_Value]:
     parts = [value.weights for value in ins if value.weights is not None]
     inner = union([part.axes[i] for part, at in zip(parts, sums, strict=False) for i in at])
     (axes,) = _axes_of(eqn, [part.axes for part in parts])
-    made = _made_of(parts, axes)
+    made = made_of(parts, axes)
     return [found._replace(weights=made._replace(inner=made.inner | inner))]
 
 
-def _chosen_weights(weights: _Weights | None, sums: Sequence[int]) -> bool:
+def _chosen_weights(weights: Weights | None, sums: Sequence[int]) -> bool:
     """Tell whether what was looked up has inputs and outputs of its own, as an expert has."""
     if weights is None or not weights.leaves:
         return False
@@ -327,7 +299,7 @@ def _chosen_weights(weights: _Weights | None, sums: Sequence[int]) -> bool:
     return bool(summed) and bool(kept)
 
 
-def _lookup(reader: _Reader, eqn: Any, ins: list[_Value]) -> list[_Value]:
+def _lookup(reader: _Reader, eqn: Any, ins: list[Value]) -> list[Value]:
     """Do a gather, or a slice at an index of the inputs: what is chosen of leaves, and by what."""
     operand, shape = ins[0], eqn.invars[0].aval.shape
     by_data = any(value.data for value in ins[1:])
@@ -349,31 +321,32 @@ def _lookup(reader: _Reader, eqn: Any, ins: list[_Value]) -> list[_Value]:
         new[leaf, id(eqn)] = tuple(sorted(axis for number, axis in found if number == leaf))
     reader.lookups |= new
     lookups = weights.lookups | frozenset(new)
-    return [_after(ins, weights._replace(axes=axes, lookups=lookups))]
+    return [after(ins, weights._replace(axes=axes, lookups=lookups, itself=None))]
 
 
-def _scan(reader: _Reader, eqn: Any, ins: list[_Value]) -> list[_Value]:
+def _scan(reader: _Reader, eqn: Any, ins: list[Value]) -> list[Value]:
     consts, carries = scan_sizes(eqn)
     fixed = ins[:consts]
     sliced = [_on_axes(value, lambda axes: axes[1:]) for value in ins[consts + carries :]]
 
-    def step(carry: Sequence[_Value]) -> list[_Value]:
+    def step(carry: Sequence[Value]) -> list[Value]:
         return reader.run(closed_call(eqn), [*fixed, *carry, *sliced])
 
     carry, stacked = reader.until_settled(ins[consts : consts + carries], step)
     return [*carry, *(_on_axes(v, lambda axes: (NOTHING, *axes)) for v in stacked)]
 
 
-def _on_axes(value: _Value, f: Callable[[tuple[Axis, ...]], tuple[Axis, ...]]) -> _Value:
+def _on_axes(value: Value, f: Callable[[tuple[Axis, ...]], tuple[Axis, ...]]) -> Value:
     weights = value.weights
-    return value._replace(weights=weights and weights._replace(axes=f(weights.axes)))
+    changed = weights and weights._replace(axes=f(weights.axes), itself=None)
+    return value._replace(weights=changed)
 
 
-def _while(reader: _Reader, eqn: Any, ins: list[_Value]) -> list[_Value]:
+def _while(reader: _Reader, eqn: Any, ins: list[Value]) -> list[Value]:
     first, second = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     of_condition, of_body, carry = ins[:first], ins[first : first + second], ins[first + second :]
 
-    def step(carry: Sequence[_Value]) -> list[_Value]:
+    def step(carry: Sequence[Value]) -> list[Value]:
         return reader.run(eqn.params["body_jaxpr"], [*of_body, *carry])
 
     carry, _ = reader.until_settled(carry, step)
@@ -381,17 +354,17 @@ def _while(reader: _Reader, eqn: Any, ins: list[_Value]) -> list[_Value]:
     return [_decided(value, stops) for value in carry]
 
 
-def _cond(reader: _Reader, eqn: Any, ins: list[_Value]) -> list[_Value]:
+def _cond(reader: _Reader, eqn: Any, ins: list[Value]) -> list[Value]:
     branches = [reader.run(branch, ins[1:]) for branch in eqn.params["branches"]]
-    return [_decided(_either(values), ins[0]) for values in zip(*branches, strict=True)]
+    return [_decided(either(values), ins[0]) for values in zip(*branches, strict=True)]
 
 
-def _decided(value: _Value, by: _Value) -> _Value:
+def _decided(value: Value, by: Value) -> Value:
     """Return a value that depends on a decision."""
-    return _after([value, by], None if by.data else value.weights)
+    return after([value, by], None if by.data else value.weights)
 
 
-_RULES: dict[str, Callable[[_Reader, Any, list[_Value]], list[_Value]]] = {
+_RULES: dict[str, Callable[[_Reader, Any, list[Value]], list[Value]]] = {
     **dict.fromkeys(("dot_general", "ragged_dot_general", "conv_general_dilated"), _product),
     **dict.fromkeys(("gather", "dynamic_slice"), _lookup),
     "scan": _scan,
