@@ -153,6 +153,23 @@ class Criterion(NamedTuple):
     scores: Callable[[Params, Problem, Batch], Scores]
 
 
+class Correction(NamedTuple):
+    """Which weights are kept, and what those become that stay.
+
+    Attributes:
+        name: as rows, tables and flags have it, such as `obs`.
+        settings: plain values, recorded.
+        prune: `prune(params, problem, counts, batches) -> (params, masks)`, of all levels at once:
+            `counts` as `distribution.counts` gives them, with a levels axis; `batches` is a
+            sequence of `Batch`, each as large as the others; what it returns has a levels axis.
+            Called outside of `jit`.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    prune: Callable[..., tuple[Params, Masks]]
+
+
 class Granularity(NamedTuple):
     """What is pruned as one.
 

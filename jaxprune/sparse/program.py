@@ -11,16 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Literal, Var
+from jax.extend.core import Literal, Var
 
-from jaxprune.structure import sources
-from jaxprune.structure.program import bind, walk
-from jaxprune.structure.rules.calls import called
+from jaxprune.structure.flat import Flat
+from jaxprune.structure.program import bind
+from jaxprune.structure.sources import Product as Read
 from jaxprune.types import Apply, Params
-
-_INLINED = frozenset(
-    "jit pjit closed_call core_call custom_jvp_call custom_vjp_call checkpoint remat remat2".split()
-)
 
 
 class Layer(NamedTuple):
@@ -88,33 +84,28 @@ Chain = Sequence[Product]
 
 
 class Inlined(NamedTuple):
-    """A network as a list of simple equations.
+    """A network as a list of simple equations, with its weights.
 
     Attributes:
-        jaxpr: with calls inlined, and without derivative rules.
+        flat: the equations.
         known: the values of its variables that are no inputs.
-        leaves: how many of its arguments are parameters.
-        structure: of what it returns.
     """
 
-    jaxpr: Any
+    flat: Flat
     known: dict[Any, Any]
-    leaves: int
-    structure: Any
 
     @classmethod
     def of(cls, apply: Apply, params: Params, x: Any) -> "Inlined":
         """Trace a network."""
-        closed, shape = jax.make_jaxpr(apply, return_shape=True)(params, x)
-        leaves = jax.tree.leaves(params)
+        flat = Flat.of(apply, params, x)
+        known = dict(zip(flat.closed.jaxpr.invars, jax.tree.leaves(params), strict=False))
+        known |= zip(flat.closed.jaxpr.constvars, flat.closed.consts, strict=True)
+        return cls(flat, known)
 
-        def simple(*args: Any) -> list[Any]:
-            return _inline(closed.jaxpr, closed.consts, args)
-
-        flat = jax.make_jaxpr(simple)(*leaves, *jax.tree.leaves(x))
-        known = dict(zip(flat.jaxpr.invars[: len(leaves)], leaves, strict=True))
-        known |= zip(flat.jaxpr.constvars, flat.consts, strict=True)
-        return cls(flat.jaxpr, known, len(leaves), jax.tree.structure(shape))
+    @property
+    def jaxpr(self) -> Any:
+        """The equations."""
+        return self.flat.closed.jaxpr
 
     def function(self, chains: Sequence[Chain]) -> tuple[Sequence[Any], Callable[..., Any]]:
         """Return what is needed of the known values, and the network as a function.
@@ -133,9 +124,8 @@ class Inlined(NamedTuple):
 
         def run(values: Sequence[Any], x: Any, call: Callable[[int, Any], Any]) -> Any:
             given = dict(zip(needed, values, strict=True))
-            given |= zip(bare.jaxpr.invars[bare.leaves :], jax.tree.leaves(x), strict=True)
-            outs = bare._run(steps, bare.jaxpr.outvars, given, chains, call)
-            return jax.tree.unflatten(bare.structure, outs)
+            outs = bare._run(steps, bare.jaxpr.outvars, given | bare.flat.inputs(x), chains, call)
+            return jax.tree.unflatten(bare.flat.out_tree, outs)
 
         return needed, run
 
@@ -145,22 +135,18 @@ class Inlined(NamedTuple):
 
         def run(values: Sequence[Any], x: Any) -> list[Any]:
             given = dict(zip(needed, values, strict=True))
-            if x is not None:
-                given |= zip(self.jaxpr.invars[self.leaves :], jax.tree.leaves(x), strict=True)
-            return self._run(steps, wanted, given, (), None)
+            inputs = {} if x is None else self.flat.inputs(x)
+            return self._run(steps, wanted, given | inputs, (), None)
 
         return jax.jit(run)([self.known[var] for var in needed], x)
 
     def products(self) -> list[Product]:
         """Return the products with weights of parameters, and what follows each."""
-        eqns, fixed = self.jaxpr.eqns, {*self.known}  # what does not depend on the inputs
+        eqns, fixed = self.jaxpr.eqns, self.flat.fixed
         uses: dict[Any, list[int]] = {}
         for i, eqn in enumerate(eqns):
-            operands = [v for v in eqn.invars if isinstance(v, Var)]
-            for var in operands:
+            for var in (v for v in eqn.invars if isinstance(v, Var)):
                 uses.setdefault(var, []).append(i)
-            if fixed.issuperset(operands) and not eqn.effects:
-                fixed.update(eqn.outvars)
         for var in self.jaxpr.outvars:
             if isinstance(var, Var):
                 uses.setdefault(var, []).append(-1)
@@ -172,18 +158,15 @@ class Inlined(NamedTuple):
             a, b = eqns[i].invars
             return i, eqns[i].primitive.name, b if a is var else a
 
-        def weights(i: int, product: sources.Product) -> Any:
+        def weights(i: int, product: Read) -> Any:
             return eqns[i].invars[1 - product.operand]
 
-        closed = ClosedJaxpr(self.jaxpr, [self.known[var] for var in self.jaxpr.constvars])
-        ranks = [var.aval.ndim for var in self.jaxpr.invars[: self.leaves]]
-        read = sources.read(closed, ranks).products
         found = {
-            at[0]: product
-            for at, product in read.items()
-            if len(at) == 1 and eqns[at[0]].primitive.name == "dot_general" and product.leaves
-            if eqns[at[0]].params["dimension_numbers"][1] == ((), ())
-            if (var := weights(at[0], product)) in fixed and var.aval.size
+            i: product
+            for i, product in self.flat.products.items()
+            if eqns[i].primitive.name == "dot_general" and product.leaves
+            if eqns[i].params["dimension_numbers"][1] == ((), ())
+            if (var := weights(i, product)) in fixed and var.aval.size
         }
         wanted = [weights(i, product) for i, product in found.items()]
         others = [follower(eqns[i].outvars[0])[2] for i in found]
@@ -192,12 +175,12 @@ class Inlined(NamedTuple):
         return [self._product(i, product, value, follower) for i, product in found.items()]
 
     def _product(
-        self, i: int, read: sources.Product, value: dict[Any, np.ndarray],
+        self, i: int, found: Read, value: dict[Any, np.ndarray],
         follower: Callable[[Any], tuple[int, str, Any]],
     ) -> Product:  # fmt: skip
         """Return a product, of its equation's number, with the bias and ReLU that follow it."""
-        eqns, swapped = self.jaxpr.eqns, read.operand == 1
-        x, weights = eqns[i].invars[read.operand], eqns[i].invars[1 - read.operand]
+        eqns, swapped = self.jaxpr.eqns, found.operand == 1
+        x, weights = eqns[i].invars[found.operand], eqns[i].invars[1 - found.operand]
         (axes, fixed), _ = eqns[i].params["dimension_numbers"]
         if swapped:
             axes, fixed = fixed, axes
@@ -223,7 +206,7 @@ class Inlined(NamedTuple):
             free=free,
             swapped=swapped,
             out=out,
-            leaves=read.leaves,
+            leaves=found.leaves,
             float32=types == {jnp.dtype(jnp.float32)},
             single=follower(out)[0] >= 0,
         )
@@ -273,18 +256,6 @@ class Inlined(NamedTuple):
                 kept = [size for axis, size in sizes if axis not in first.axes]
                 env[last.out] = last.result(rows, kept)
         return [read(x) for x in wanted]
-
-
-def _inline(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-    """Run a program with the calls in it as if they were written out."""
-
-    def step(_: int, eqn: Any, values: list[Any]) -> list[Any]:
-        inner = called(eqn) if eqn.primitive.name in _INLINED else None
-        if inner is None:
-            return bind(eqn, values, eqn.params)
-        return _inline(inner.jaxpr, inner.consts, values)
-
-    return walk(jaxpr, consts, args, step)
 
 
 def _bias(added: np.ndarray, shape: tuple[int, ...], free: tuple[int, ...]) -> np.ndarray | None:

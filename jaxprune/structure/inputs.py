@@ -156,9 +156,28 @@ def _add(found: _Found, layer: Layer, value: Any) -> None:
 
 def _reduced(eqn: Any, operand: int, x: Any, order: tuple[int, ...], reduce: Any) -> Any:
     """Reduce the rows of a product, each batch or group of features by itself."""
+    rows = input_rows(eqn, operand, x, order)
+    if eqn.primitive.name == "conv_general_dilated" and len(rows) == 1:
+        rows = rows[0]
+    for _ in rows.shape[:-2]:
+        reduce = jax.vmap(reduce)
+    return reduce(rows)
+
+
+def input_rows(eqn: Any, operand: int, x: Any, order: tuple[int, ...]) -> Any:
+    """Return what the outputs of a product are computed from.
+
+    Args:
+        eqn: the product.
+        operand: the number of the operand that depends on the inputs.
+        x: its value.
+        order: the axes of the weights that are summed over, in the order of columns.
+
+    Returns:
+        (*batched, rows, columns); of a convolution (groups, rows, columns).
+    """
     if eqn.primitive.name == "conv_general_dilated":
-        patches = _patches(eqn, x, order)
-        return jax.vmap(reduce)(patches) if len(patches) > 1 else reduce(patches[0])
+        return _patches(eqn, x, order)
     sums, batch = eqn.params["dimension_numbers"]
     pairs = dict(zip(sums[1 - operand], sums[operand], strict=True))
     columns = [pairs[i] for i in order]
@@ -166,10 +185,7 @@ def _reduced(eqn: Any, operand: int, x: Any, order: tuple[int, ...], reduce: Any
     rest = [i for i in range(x.ndim) if i not in (*columns, *batched)]
     sizes = [x.shape[i] for i in batched]
     width = math.prod(x.shape[i] for i in columns)
-    rows = jnp.transpose(x, (*batched, *rest, *columns)).reshape(*sizes, -1, width)
-    for _ in batched:
-        reduce = jax.vmap(reduce)
-    return reduce(rows)
+    return jnp.transpose(x, (*batched, *rest, *columns)).reshape(*sizes, -1, width)
 
 
 def _patches(eqn: Any, x: Any, order: tuple[int, ...]) -> Any:

@@ -42,8 +42,8 @@ class Product(NamedTuple):
         orders: of each use of a leaf there the axes of the weights that are summed over, in the
             order that they have in the leaf.
         leaves: that the weights are made from; none of those that the inputs choose.
-        matrix: the leaf of two axes that the weights are, transposed at most, if it is used for
-            nothing else.
+        leaf: the leaf that the weights are, of other shape or with its axes moved at most.
+        matrix: that leaf, if it has two axes and is used for nothing else.
         bias: the leaf that is all that is done with the result, added along its outputs, if it is
             used for nothing else either.
     """
@@ -51,6 +51,7 @@ class Product(NamedTuple):
     operand: int
     orders: dict[Use, tuple[int, ...]]
     leaves: frozenset[int] = frozenset()
+    leaf: int | None = None
     matrix: int | None = None
     bias: int | None = None
 
@@ -201,7 +202,8 @@ class _Reader:
         whole = {frozenset([(weights.itself, axis)]) for axis in (0, 1)}
         matrix = weights.itself if len(weights.axes) == 2 and {*weights.axes} == whole else None
         leaves = frozenset() if ins[k].data else weights.leaves
-        self.products[self.at] = Product(1 - k, orders, leaves, matrix)
+        itself = weights.itself if _whole(eqn.invars[k].aval.shape, weights, sums[k]) else None
+        self.products[self.at] = Product(1 - k, orders, leaves, itself, matrix)
         self.experts |= weights.lookups
         noted = {use.leaf for use in self.uses if use.leaf in weights.leaves and use.contracted}
         near = frozenset(noted) or weights.leaves
@@ -217,6 +219,14 @@ class _Reader:
         last = len(added.axes) - 1 if product.operand == 0 else 0
         if product.matrix is not None and only == [last] and added.axes[last] == outputs:
             self.products[at] = product._replace(bias=added.itself)
+
+
+def _whole(shape: Sequence[int], weights: Weights, sums: Sequence[int]) -> bool:
+    """Tell whether weights are a leaf that is spread over nothing, and summed over whole axes."""
+    summed = union([weights.axes[i] for i in sums])
+    kept = union([axis for i, axis in enumerate(weights.axes) if i not in sums])
+    spread = any(n > 1 and not axis for n, axis in zip(shape, weights.axes, strict=True))
+    return not (spread or summed & kept)
 
 
 def _plain(reader: _Reader, eqn: Any, ins: list[Value]) -> list[Value]:

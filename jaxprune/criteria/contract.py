@@ -1,7 +1,7 @@
-"""What a weight is worth: one criterion a function, from parameters to scores.
+"""What a criterion is, what it may ask, and what it must return.
 
-Higher is more important. `magnitude`, `random` and `saliency` are such functions, and a user's own
-are lifted by `criterion`. `masks.masks_at` turns scores and counts into masks.
+A user's function is lifted by `criterion`; `problem` is made inside the trace, around network, task
+and state.
 """
 
 import functools
@@ -15,108 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxprune import files, trees
+from jaxprune import trees
 from jaxprune.identity import digest, function_name
 from jaxprune.types import Batch, Criterion, Network, Params, Problem, Scores, State, Task
-
-
-def magnitude(params: Params) -> Scores:
-    r"""Score every weight by its absolute value, $s = |w|$.
-
-    Args:
-        params: any tree of arrays.
-
-    Returns:
-        The same tree, shapes and dtypes; leaves that have no magnitude (random keys) as they are.
-
-    Example:
-        >>> magnitude({"kernel": jnp.array([[-2.0, 1.0]])})["kernel"].tolist()
-        [[2.0, 1.0]]
-
-    Reference:
-        Han, Pool, Tran, Dally. Learning both Weights and Connections for Efficient Neural
-        Networks. NeurIPS 2015. There with a threshold a layer, here with exact counts.
-    """
-    return jax.tree.map(lambda w: jnp.abs(w) if _is(w, jnp.number) else w, params)
-
-
-def random(params: Params, problem: Problem | None, batch: Batch) -> Scores:
-    """Score every weight by a number drawn uniformly from [0, 1), the baseline of every criterion.
-
-    Units, by the norm of the scores of their weights, are random within a layer; through the whole
-    network those with more weights score higher.
-
-    Args:
-        params: any tree of arrays.
-        problem: not looked at.
-        batch: its key is drawn from, folded with the index of the leaf.
-
-    Returns:
-        The same tree and shapes, float32; leaves that are not floating as they are.
-
-    Example:
-        >>> batch = Batch(None, None, jax.random.key(0))
-        >>> random({"kernel": jnp.zeros((2, 3))}, None, batch)["kernel"].shape
-        (2, 3)
-    """
-    leaves, tree = jax.tree.flatten(params)
-    keys = [jax.random.fold_in(batch.key, i) for i in range(len(leaves))]
-    # Of float32 whatever the parameters are: bfloat16 would tell 128 scores apart.
-    drawn = [
-        jax.random.uniform(key, jnp.shape(w), jnp.float32) if _is(w, jnp.floating) else w
-        for key, w in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(tree, drawn)
-
-
-def saliency(params: Params, problem: Problem, batch: Batch) -> Scores:
-    r"""Score every weight by how much the loss would change without it, to first order.
-
-    $s = |w \cdot \partial L / \partial w|$, where $L$ is the mean of `problem.losses`.
-
-    Args:
-        params: any tree of floating point arrays.
-        problem: gives the losses.
-        batch: the examples that they are taken of.
-
-    Returns:
-        The same tree and shapes, in float32 where the parameters are narrower.
-
-    Raises:
-        TypeError: a leaf is not floating; names it.
-
-    Example:
-        >>> problem = Problem(lambda p, x: x @ p, lambda p, b: (b.x @ p - b.y) ** 2)
-        >>> batch = Batch(jnp.ones((1, 2)), jnp.zeros(1), jax.random.key(0))
-        >>> saliency(jnp.array([3.0, -1.0]), problem, batch).tolist()
-        [12.0, 4.0]
-
-    Reference:
-        Mozer, Smolensky. Skeletonization. NIPS 1988: a gate of each unit, for which the weight
-        stands here. Molchanov, Tyree, Karras, Aila, Kautz. Pruning Convolutional Neural Networks
-        for Resource Efficient Inference. ICLR 2017: activations of feature maps in place of
-        weights, averaged over examples after the absolute value and normalised within a layer; here
-        the gradient is the mean loss's, and nothing is normalised. Lee, Ajanthan, Torr. SNIP:
-        Single-shot Network Pruning Based on Connection Sensitivity. ICLR 2019: the same score, at
-        initialisation and divided by its sum, which changes no order.
-    """
-    for path, w in trees.paths_and_leaves(params):
-        if not _is(w, jnp.floating):
-            raise TypeError(
-                "saliency: a gradient criterion for a network with integer leaves: "
-                f"{path!r} is {jnp.asarray(w).dtype}, which has no gradient"
-            )
-    gradients = jax.grad(lambda p: jnp.mean(problem.losses(p, batch)))(params)
-
-    def score(w: Any, gradient: Array) -> Array:
-        # In float16 the product would underflow.
-        dtype = gradient.dtype if gradient.dtype.itemsize >= 4 else jnp.float32
-        return jnp.abs(jnp.asarray(w, dtype) * gradient.astype(dtype))
-
-    return jax.tree.map(score, params, gradients)
-
-
-CRITERIA = {"magnitude": magnitude, "random": random, "saliency": saliency}
 
 
 def criterion(
@@ -159,32 +60,6 @@ def criterion(
         return found
 
     return Criterion(name, {**bound, **settings}, scores)
-
-
-def resolve(spec: str | Callable | Criterion) -> Criterion:
-    """Return the criterion that a name, `module:function` or a function stands for.
-
-    Raises:
-        ValueError: there is no such criterion, or it is no function of (params) or of
-            (params, problem, batch); one line.
-        TypeError: likewise, of a function that is given as such.
-
-    Example:
-        >>> resolve("saliency").name
-        'saliency'
-    """
-    if not isinstance(spec, str):
-        return criterion(spec)
-    if spec in CRITERIA:
-        return criterion(CRITERIA[spec])
-    if ":" not in spec:
-        raise ValueError(
-            f"criterion must be one of {', '.join(CRITERIA)}, or module:function, got {spec!r}"
-        )
-    try:
-        return criterion(files.import_function(spec, Criterion))
-    except TypeError as error:
-        raise ValueError(f"criterion {spec!r}: {error}") from error
 
 
 def problem(network: Network, task: Task, state: State) -> Problem:
@@ -235,14 +110,14 @@ def check_scores(scores: Scores, params: Params, name: str = "scores") -> None:
         raise ValueError(f"criterion {name}: {error}") from None
     pairs = zip(trees.paths_and_leaves(scores), jax.tree.leaves(params), strict=True)
     for (path, score), w in pairs:
-        if _is(w, jnp.floating) and not _is(score, jnp.floating):
+        if is_kind(w, jnp.floating) and not is_kind(score, jnp.floating):
             raise ValueError(
                 f"criterion {name}: the scores of leaf {path!r} must be real floating point "
                 f"numbers, got {jnp.asarray(score).dtype}"
             )
 
 
-def _is(w: Any, kind: Any) -> bool:
+def is_kind(w: Any, kind: Any) -> bool:
     """Tell whether a leaf's dtype is of a kind, such as `jnp.floating`."""
     return bool(jnp.issubdtype(getattr(w, "dtype", type(w)), kind))
 

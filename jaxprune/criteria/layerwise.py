@@ -1,0 +1,253 @@
+"""Layer after layer: what each should give, from the inputs that it has once the others changed.
+
+Any `apply(params, x)` comes in with batches of inputs; `solvers` say what becomes of a layer.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune import trees
+from jaxprune.structure.flat import Flat
+from jaxprune.structure.inputs import input_rows
+from jaxprune.structure.layers import Layer, layer_of
+from jaxprune.structure.sources import Product
+from jaxprune.types import Apply, Array, Masks, Params
+
+
+class LeastSquares(NamedTuple):
+    r"""What a layer should do: give its dense outputs from the inputs that it has now.
+
+    Of rows $X$ of inputs now, $X_d$ of the dense network, and weights $W$, it is to find $V$ with
+    small $\|X V - X_d W\|^2$. Each of `batched` has inputs of its own.
+
+    Attributes:
+        weights: $W$, (batched, inputs, outputs).
+        moments: $X^T X$ over the number of rows, (batched, inputs, inputs).
+        cross: $X^T X_d$ over the number of rows, likewise.
+        free: how many of the last inputs are no weights but the bias, whose input is one.
+    """
+
+    weights: Array
+    moments: Array
+    cross: Array
+    free: int
+
+
+class Site(NamedTuple):
+    """A leaf that is corrected.
+
+    Attributes:
+        number: of the leaf.
+        layer: how it is used.
+        products: where it is, by the number of the equation.
+        bias: the number of the leaf that is added, or None.
+    """
+
+    number: int
+    layer: Layer
+    products: dict[int, Product]
+    bias: int | None
+
+
+Solve = Callable[[Layer, int, LeastSquares], tuple[Array, Array] | None]
+"""Of a layer, a level and its problem: weights, and which are kept, (batched, inputs, outputs).
+
+The weights have a row more for each free input. None: the layer stays as it is.
+"""
+
+
+def layer_by_layer(
+    apply: Apply, params: Params, batches: Sequence[Any], levels: int, solve: Solve
+) -> tuple[Params, Masks, list[str]]:
+    """Change one layer after the other, in the order of the program, at all levels.
+
+    Every level is run once, piece by piece: what is before a layer has changed when the layer's
+    inputs are taken.
+
+    Args:
+        apply: any function of parameters and inputs that JAX can trace.
+        params: its parameters, of the dense network.
+        batches: inputs, all of one shape.
+        levels: how many.
+        solve: called for each layer and level.
+
+    Returns:
+        Parameters and masks with a leading levels axis, masks all True where nothing was solved,
+        and the paths of all leaves that `solve` was asked for.
+    """
+    flat = Flat.of(apply, params, batches[0])
+    paths = trees.paths_and_leaves(params)
+    dense = [jnp.asarray(leaf) for _, leaf in paths]
+    sites = _sites(flat, paths)
+    leaves = [list(dense) for _ in range(levels)]
+    masks: list[dict[int, Array]] = [{} for _ in range(levels)]
+    first = [flat.inputs(x) for x in batches]
+    states, at = [first] * (levels + 1), 0  # the dense network's is the last
+    for site in sites:
+        start = min(site.products)
+        states = _advance(flat, at, start, states, [*leaves, dense])
+        at = start
+        of_inputs = _moments(flat, site, start)
+        for level in range(levels):
+            unchanged = states[level] is states[-1]
+            found = of_inputs(leaves[level], states[level], dense, states[-1], unchanged)
+            weights = to_matrix(dense[site.number], site.layer)
+            if site.bias is not None:
+                weights = jnp.concatenate([weights, dense[site.bias][None, None]], axis=1)
+            free = int(site.bias is not None)
+            solved = solve(site.layer, level, LeastSquares(weights, *found, free))
+            if solved is None:
+                continue
+            values, kept = solved
+            shape = dense[site.number].shape
+            if site.bias is not None:
+                leaves[level][site.bias] = values[0, -1].astype(dense[site.bias].dtype)
+            values = values[:, : kept.shape[1]]
+            leaf = _leaf(jnp.where(kept, values, 0), site.layer, shape)
+            leaves[level][site.number] = leaf.astype(dense[site.number].dtype)
+            masks[level][site.number] = _leaf(kept, site.layer, shape)
+    tree = jax.tree.structure(params)
+    full = [jnp.ones(leaf.shape, bool) for leaf in dense]
+    found_masks = [[own.get(i, full[i]) for i in range(len(dense))] for own in masks]
+    return (
+        trees.stack([jax.tree.unflatten(tree, each) for each in leaves]),
+        trees.stack([jax.tree.unflatten(tree, each) for each in found_masks]),
+        [site.layer.path for site in sites],
+    )
+
+
+def warn_of_others(paths: Sequence[str], corrected: Sequence[str]) -> None:
+    """Warn of leaves that are pruned but not corrected."""
+    if others := [path for path in paths if path not in corrected]:
+        warnings.warn(
+            f"not corrected, as they are no weights of products outside of loops, or changed "
+            f"before: {', '.join(others)}",
+            stacklevel=3,
+        )
+
+
+def _sites(flat: Flat, paths: Sequence[tuple[str, Any]]) -> list[Site]:
+    """Return the leaves that can be corrected, in the order of the program."""
+    by_leaf: dict[int, dict[int, Product]] = {}
+    never = set()
+    for i, product in flat.products.items():
+        fits = product.leaf is not None and len(product.orders) == 1
+        name = flat.closed.jaxpr.eqns[i].primitive.name
+        if fits and name != "ragged_dot_general" and len(next(iter(product.orders)).batched) < 2:
+            by_leaf.setdefault(product.leaf or 0, {})[i] = product
+        else:
+            never |= product.leaves
+    found = []
+    for number, products in by_leaf.items():
+        if number in never:
+            continue
+        uses = {use._replace(of=None) for product in products.values() for use in product.orders}
+        [layer] = [layer_of(use, paths, ()) for use in uses] if len(uses) == 1 else [None]
+        if layer is not None and jnp.issubdtype(jnp.result_type(paths[number][1]), jnp.floating):
+            [product, *more] = products.values()
+            alone = not more and layer.groups == 1 and not layer.batched
+            found.append(Site(number, layer, products, product.bias if alone else None))
+    return sorted(found, key=lambda site: min(site.products))
+
+
+def _advance(
+    flat: Flat, at: int, to: int, states: list[Any], leaves: list[list[Array]]
+) -> list[Any]:
+    """Run all networks to an equation; those that have not changed are one."""
+    live = flat.live(to)
+    given, run = flat.piece(at, live)
+    program = jax.jit(run)
+
+    def further(leaves: list[Array], state: list[dict[Any, Any]]) -> list[dict[Any, Any]]:
+        return [
+            dict(zip(live, program(leaves, [values[v] for v in given]), strict=True))
+            for values in state
+        ]
+
+    dense = further(leaves[-1], states[-1])
+    same = [all(a is b for a, b in zip(own, leaves[-1], strict=True)) for own in leaves]
+    return [
+        dense if one else further(own, state)
+        for one, own, state in zip(same, leaves, states, strict=True)
+    ]
+
+
+def _moments(flat: Flat, site: Site, start: int) -> Callable[..., tuple[Array, Array]]:
+    """Return the function from two networks to the moments of the inputs of a layer."""
+    eqns = flat.closed.jaxpr.eqns
+    wanted = [eqns[i].invars[product.operand] for i, product in site.products.items()]
+    given, run = flat.piece(start, wanted)
+
+    def rows(leaves: Any, values: Any) -> Any:
+        found = []
+        for (i, product), x in zip(site.products.items(), run(leaves, values), strict=True):
+            [order] = product.orders.values()
+            each = input_rows(eqns[i], product.operand, x, order)
+            each = each.reshape(-1, *each.shape[-2:])
+            if site.bias is not None:
+                each = jnp.concatenate([each, jnp.ones_like(each[..., :1])], axis=-1)
+            found.append(each.astype(jnp.promote_types(each.dtype, jnp.float32)))
+        return jnp.concatenate(found, axis=1)
+
+    def one(leaves: Any, values: Any) -> Any:
+        x = rows(leaves, values)
+        return _gram(x, x), x.shape[1]
+
+    def both(leaves: Any, values: Any, dense: Any, others: Any) -> Any:
+        x, target = rows(leaves, values), rows(dense, others)
+        return _gram(x, x), _gram(x, target), x.shape[1]
+
+    one, both = jax.jit(one), jax.jit(both)
+
+    def moments(leaves: Any, state: Any, dense: Any, others: Any, same: bool) -> Any:
+        total: Any = None
+        for values, other in zip(state, others, strict=True):
+            args = [values[v] for v in given]
+            found = one(leaves, args) if same else both(
+                leaves, args, dense, [other[v] for v in given]
+            )  # fmt: skip
+            total = found if total is None else jax.tree.map(jnp.add, total, found)
+        *sums, count = total
+        moments = [each / jnp.asarray(count, each.dtype) for each in sums]
+        return moments[0], moments[-1]
+
+    return moments
+
+
+def _gram(x: Array, y: Array) -> Array:
+    return jnp.einsum("bri,brj->bij", x, y, precision=jax.lax.Precision.HIGHEST)
+
+
+def _axes(layer: Layer) -> tuple[int, ...]:
+    return (*layer.batched, *layer.contracted)
+
+
+def to_matrix(leaf: Array, layer: Layer) -> Array:
+    """Return a leaf as (batched, inputs, outputs)."""
+    axes = _axes(layer)
+    sizes = [leaf.shape[i] for i in axes]
+    batched, inputs = (math.prod(part) for part in _split(sizes, layer))
+    moved = jnp.moveaxis(leaf, axes, range(len(axes)))
+    if layer.groups > 1:
+        return jnp.moveaxis(moved.reshape(inputs, layer.groups, -1), 1, 0)
+    return moved.reshape(batched, inputs, -1)
+
+
+def _leaf(matrix: Array, layer: Layer, shape: tuple[int, ...]) -> Array:
+    """Return the inverse of `to_matrix`."""
+    axes = _axes(layer)
+    others = [n for i, n in enumerate(shape) if i not in axes]
+    if layer.groups > 1:
+        matrix = jnp.moveaxis(matrix, 0, 1)
+    moved = matrix.reshape(*(shape[i] for i in axes), *others)
+    return jnp.moveaxis(moved, range(len(axes)), axes)
+
+
+def _split(sizes: Sequence[int], layer: Layer) -> tuple[Sequence[int], Sequence[int]]:
+    n = len(layer.batched)
+    return sizes[:n], sizes[n:]

@@ -1,0 +1,240 @@
+"""Which weights of a layer stay, and what they become: least squares under a mask.
+
+A `LeastSquares` comes in from `layerwise`; all arrays are (batched, inputs, outputs).
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune import select
+from jaxprune.criteria.layerwise import LeastSquares
+from jaxprune.types import Array
+
+_TOLERANCE, _STEPS = 1e-5, 200  # of conjugate gradients: of the residual, and at most so many
+_HELD = 1 << 23  # elements of the matrices that are solved side by side
+
+
+class Normal(NamedTuple):
+    r"""The normal equations $H V = G$ of a layer, damped.
+
+    Attributes:
+        left: $H = X^T X + \lambda I$, (batched, inputs, inputs); positive definite.
+        right: $G = X^T X_d W + \lambda W$, (batched, inputs, outputs).
+    """
+
+    left: Array
+    right: Array
+
+
+def normal(given: LeastSquares, damping: float) -> Normal:
+    r"""Return the normal equations of a layer.
+
+    Damping pulls weights towards those of the dense network, and not towards zero; the bias is not
+    damped.
+
+    Args:
+        given: the layer's problem.
+        damping: $\lambda$, as a share of the mean of the diagonal of $X^T X$; positive.
+    """
+    moments, weights, free = given.moments, given.weights, given.free
+    n = moments.shape[-1]
+    diagonal = jnp.diagonal(moments, axis1=-2, axis2=-1)[:, : n - free]
+    scale = jnp.mean(diagonal, axis=-1)[:, None]
+    scale = damping * jnp.where(scale > 0, scale, 1) * (jnp.arange(n) < n - free)
+    scale = scale + jnp.finfo(moments.dtype).eps * (jnp.arange(n) >= n - free)
+    left = moments + scale[:, :, None] * jnp.eye(n, dtype=moments.dtype)
+    right = given.cross @ weights + scale[:, :, None] * weights
+    return Normal(left, right.astype(left.dtype))
+
+
+def largest(scores: Array, pruned: Any, n_m: tuple[int, int] | None = None) -> Array:
+    """Keep all but the `pruned` smallest scores, or n of every m inputs of an output."""
+    if n_m is None:
+        return select.keep_largest(scores.ravel(), jnp.asarray(pruned, jnp.int32)[None])[0].reshape(
+            scores.shape
+        )
+    n, m = n_m
+    windows = scores.reshape(scores.shape[0], -1, m, scores.shape[-1])
+    ranks = jnp.argsort(jnp.argsort(windows, axis=2), axis=2)
+    return (ranks >= m - n).reshape(scores.shape)
+
+
+def refit(equations: Normal, kept: Array) -> Array:
+    """Solve the equations of every output for the inputs that it keeps; others are zero.
+
+    Args:
+        equations: of the layer.
+        kept: (batched, inputs, outputs), bool.
+    """
+    outputs = kept.shape[2]
+    if 5 * int(jnp.max(jnp.sum(kept, axis=1), initial=0)) > kept.shape[1]:
+        return _iterated(equations, kept)
+    width = min(kept.shape[1], _bucket(int(jnp.max(jnp.sum(kept, axis=1), initial=0))))
+    at_once = max(1, min(outputs, _HELD // width**2))
+    padding = ((0, 0), (0, 0), (0, -outputs % at_once))
+    right, keep = jnp.pad(equations.right, padding), jnp.pad(kept, padding)
+    # Chunk by chunk from the host: XLA on CPUs (jax 0.10) may wait for itself for ever where it
+    # runs a loop of such solves beside another.
+    solved = [
+        jnp.stack([
+            _columns(left, *(each[b, :, i : i + at_once] for each in (right, keep)), width)
+            for b, left in enumerate(equations.left)
+        ])
+        for i in range(0, right.shape[2], at_once)
+    ]  # fmt: skip
+    return jnp.concatenate(solved, axis=2)[..., :outputs]
+
+
+def _bucket(n: int) -> int:
+    """Return the next of sizes that grow by a fifth, so that few programs are compiled."""
+    size = 8
+    while size < n:
+        size = max(size + 1, size * 6 // 5)
+    return size
+
+
+@partial(jax.jit, static_argnames="width")
+def _columns(left: Array, right: Array, kept: Array, width: int) -> Array:
+    """Solve for some outputs, each of which keeps at most `width` inputs."""
+
+    def column(right: Array, keep: Array) -> Array:
+        index = jnp.argsort(~keep, stable=True)[:width]
+        there = keep[index]
+        inside = there[:, None] & there[None]
+        matrix = jnp.where(inside, left[index[:, None], index], jnp.eye(width, dtype=left.dtype))
+        factor = jnp.linalg.cholesky(matrix)
+        solved = jax.scipy.linalg.cho_solve((factor, True), jnp.where(there, right[index], 0))
+        return jnp.zeros(keep.shape, left.dtype).at[index].set(jnp.where(there, solved, 0))
+
+    return jax.vmap(column, 1, 1)(right, kept)
+
+
+@jax.jit
+def _iterated(equations: Normal, kept: Array) -> Array:
+    """Solve by conjugate gradients, with the inverse of the whole left side to guide them.
+
+    Where much is kept, a few dozen products of the layer's size take the place of a factor an
+    output.
+    """
+    left, right = equations
+    start, inverse = unconstrained(equations)
+
+    def masked(x: Array) -> Array:
+        return jnp.where(kept, x, 0)
+
+    def dot(x: Array, y: Array) -> Array:
+        return jnp.sum(x * y, axis=1, keepdims=True)
+
+    def ratio(x: Array, y: Array) -> Array:
+        return jnp.where(y > 0, x / jnp.where(y > 0, y, 1), 0)
+
+    wanted = _TOLERANCE**2 * dot(masked(right), masked(right))
+
+    def unfinished(found: Any) -> Array:
+        _, residual, *_, steps = found
+        return jnp.any(dot(residual, residual) > wanted) & (steps < _STEPS)
+
+    def step(found: Any) -> Any:
+        solved, residual, direction, size, steps = found
+        moved = masked(left @ direction)
+        along = ratio(size, dot(direction, moved))
+        solved, residual = solved + along * direction, residual - along * moved
+        guided = masked(inverse @ residual)
+        new = dot(residual, guided)
+        return solved, residual, guided + ratio(new, size) * direction, new, steps + 1
+
+    solved = masked(start)
+    residual = masked(right - left @ solved)
+    guided = masked(inverse @ residual)
+    first = solved, residual, guided, dot(residual, guided), 0
+    return jax.lax.while_loop(unfinished, step, first)[0]
+
+
+@jax.jit
+def unconstrained(equations: Normal) -> tuple[Array, Array]:
+    """Return the solution without a mask, and the inverse of the left side."""
+    factor = jnp.linalg.cholesky(equations.left)
+    eye = jnp.broadcast_to(jnp.eye(factor.shape[-1], dtype=factor.dtype), factor.shape)
+    inverse = jax.vmap(lambda f, b: jax.scipy.linalg.cho_solve((f, True), b))(factor, eye)
+    return inverse @ equations.right, inverse
+
+
+@partial(jax.jit, static_argnames="block")
+def sweep(inverse: Array, weights: Array, kept: Array, block: int) -> Array:
+    """Remove what is not kept input by input, each time correcting the inputs after it.
+
+    Args:
+        inverse: of the left side, (batched, inputs, inputs).
+        weights: to start from.
+        kept: bool, like the weights.
+        block: inputs between which later ones are corrected at once; results do not depend on it.
+    """
+    upper = jnp.swapaxes(jnp.linalg.cholesky(inverse), -1, -2)
+    n = kept.shape[1]
+
+    def layer(args: Any) -> Array:
+        upper, weights, kept = args
+        for start in range(0, n, block):
+            end = min(start + block, n)
+            part, own = weights[start:end], upper[start:end, start:end]
+
+            def step(i: Array, found: Any, own: Array = own, start: int = start) -> Any:
+                part, errors = found
+                error = jnp.where(kept[start + i], 0, part[i]) / own[i, i]
+                row = jnp.where(jnp.arange(own.shape[0]) >= i, own[i], 0)
+                return part - row[:, None] * error[None], errors.at[i].set(error)
+
+            part, errors = jax.lax.fori_loop(0, end - start, step, (part, jnp.zeros_like(part)))
+            weights = weights.at[start:end].set(part)
+            if end < n:
+                weights = weights.at[end:].add(-upper[start:end, end:].T @ errors)
+        return jnp.where(kept, weights, 0)
+
+    return jax.lax.map(layer, (upper, weights, kept))
+
+
+@partial(jax.jit, static_argnames=("iterations", "n_m", "free"))
+def admm(
+    equations: Normal, start: Array, pruned: Array, iterations: int, n_m: Any, free: int
+) -> Array:
+    """Return which weights are kept, by alternating between the layer's error and the count.
+
+    Args:
+        equations: of the layer.
+        start: weights, whose largest share in the outputs are kept at first.
+        pruned: how many go.
+        iterations: each of one product with the eigenvectors of the left side and back.
+        n_m: see `largest`.
+        free: how many of the last inputs are always kept.
+    """
+    left, right = equations
+    n = left.shape[-1]
+    scale = jnp.sqrt(jnp.diagonal(left, axis1=-2, axis2=-1))[..., None]
+    left, right = left / (scale * jnp.swapaxes(scale, -1, -2)), right / scale
+    values, vectors = jnp.linalg.eigh(left)
+    back = jnp.swapaxes(vectors, -1, -2)
+    whole = jnp.broadcast_to(jnp.arange(n)[:, None] >= n - free, right.shape)
+
+    def project(x: Array) -> tuple[Array, Array]:
+        kept = largest(jnp.abs(x[:, : n - free]), pruned, n_m)
+        kept = whole.at[:, : n - free].set(kept)
+        return jnp.where(kept, x, 0), kept
+
+    def step(_: Any, found: Any) -> Any:
+        sparse, dual, rho = found
+        solved = back @ (right - dual + rho * sparse)
+        solved = vectors @ (solved / (values + rho)[..., None])
+        sparse, _ = project(solved + dual / rho)
+        return sparse, dual + rho * (solved - sparse), rho * _GROWTH
+
+    first = project(scale * start)[0]
+    found = jax.lax.fori_loop(
+        0, iterations, step, (first, jnp.zeros_like(first), jnp.asarray(_FIRST, first.dtype))
+    )
+    return project(found[0])[1][:, : n - free]
+
+
+_FIRST, _GROWTH = 0.1, 1.07
