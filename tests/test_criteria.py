@@ -1,5 +1,6 @@
 import functools
 import json
+from functools import partial
 from typing import Any
 
 import jax
@@ -29,7 +30,9 @@ BATCH = Batch(jnp.array([1.0, 3.0]), jnp.zeros(2), KEY)
 
 def scored(name):
     """A built-in criterion as a function of the parameters alone."""
-    return lambda params: criteria.resolve(name).scores(params, PROBLEM, BATCH)
+    found = criteria.resolve(name)
+    assert isinstance(found, Criterion)
+    return lambda params: found.scores(params, PROBLEM, BATCH)
 
 
 def test_magnitude_by_hand():
@@ -145,7 +148,8 @@ def test_criteria_under_jit_and_vmap(name):
     looped = [scored(name)(jax.tree.map(lambda w: w[i], params)) for i in range(3)]  # noqa: B023
     expected = jax.tree.map(lambda *s: np.stack(s), *looped)
     got = jax.jit(jax.vmap(scored(name)))(params)
-    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    # Sums over examples round otherwise where networks are side by side.
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=5e-7), got, expected)
 
 
 def linear() -> tuple[Network, Task]:
@@ -310,7 +314,7 @@ def test_resolve(tmp_path, monkeypatch):
     assert criteria.resolve("h5_scores:cubic").settings == {"alpha": 3}
     assert criteria.resolve("h5_scores:made").name == "made"
     for spec, message in [
-        ("magnitud", "one of magnitude, random, saliency, or module:function, got 'magnitud'"),
+        ("magnitud", "one of magnitude, random, .* or module:function, got 'magnitud'"),
         ("h5_scores:two", r"criterion 'h5_scores:two': .* two requires \(a, b\)"),
         ("h5_scores:three", "three"),
         ("no_such_module:three", "no_such_module"),

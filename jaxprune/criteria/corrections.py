@@ -161,9 +161,7 @@ def obs(*, damping: float = 0.01, block: int = 128, n_m: NM = None) -> Correctio
 
     def solve(given: LeastSquares, equations: solvers.Normal, pruned: int) -> tuple[Array, Array]:
         start, inverse = solvers.unconstrained(equations)
-        rows = start.shape[1] - given.free
-        worth = start**2 / jnp.diagonal(inverse, axis1=-2, axis2=-1)[..., None]
-        kept = solvers.largest(worth[:, :rows], pruned, n_m)
+        kept = solvers.by_loss(start, inverse, pruned, n_m, given.free)
         return solvers.sweep(inverse, start, _extended(kept, given.free), block), kept
 
     return _layerwise("obs", {"damping": damping, "block": block}, n_m, damping, solve)
@@ -171,6 +169,8 @@ def obs(*, damping: float = 0.01, block: int = 128, n_m: NM = None) -> Correctio
 
 def alps(*, damping: float = 0.01, iterations: int = 100, n_m: NM = None) -> Correction:
     r"""Find weights and mask of a layer together by ADMM, and fit the weights to the mask exactly.
+
+    Where the mask of `obs` does better under such a fit, it is taken.
 
     Args:
         damping: as of `refit`.
@@ -189,9 +189,14 @@ def alps(*, damping: float = 0.01, iterations: int = 100, n_m: NM = None) -> Cor
     _check_positive("iterations", iterations)
 
     def solve(given: LeastSquares, equations: solvers.Normal, pruned: int) -> tuple[Array, Array]:
-        start, _ = solvers.unconstrained(equations)
-        kept = solvers.admm(equations, start, pruned, iterations, n_m, given.free)
-        return solvers.refit(equations, _extended(kept, given.free)), kept
+        start, inverse = solvers.unconstrained(equations)
+        masks = (
+            solvers.admm(equations, start, pruned, iterations, n_m, given.free),
+            solvers.by_loss(start, inverse, pruned, n_m, given.free),  # may be better where few
+        )
+        fits = [solvers.refit(equations, _extended(kept, given.free)) for kept in masks]
+        best = int(np.argmin([solvers.objective(equations, weights) for weights in fits]))
+        return fits[best], masks[best]
 
     return _layerwise("alps", {"damping": damping, "iterations": iterations}, n_m, damping, solve)
 

@@ -120,17 +120,18 @@ def fisher(params: Params, problem: Problem, batch: Batch, at_once: int = 8) -> 
         2018, with this one.
     """
     check_gradients("fisher", params)
+    examples = jax.tree.map(jnp.asarray, (batch.x, batch.y))
     n = jax.tree.leaves(batch.x)[0].shape[0]
     chunks = -(-n // at_once)
     index = jnp.arange(chunks * at_once).reshape(chunks, at_once)
 
     def squares(i: Array) -> Any:
-        one = jax.tree.map(lambda a: a[i][None], (batch.x, batch.y))
-        found = _gradient(params, problem, Batch(*one, jax.random.fold_in(batch.key, i)))
+        x, y = jax.tree.map(lambda a: a[i][None], examples)
+        found = _gradient(params, problem, Batch(x, y, jax.random.fold_in(batch.key, i)))
         return jax.tree.map(lambda g: jnp.where(i < n, jnp.square(_wide(g)), 0), found)
 
     def add(total: Any, chosen: Array) -> tuple[Any, None]:
-        each = jax.vmap(squares)(jnp.minimum(chosen, n))
+        each = jax.vmap(squares)(chosen)
         return jax.tree.map(lambda a, b: a + jnp.sum(b, 0), total, each), None
 
     zeros = jax.tree.map(lambda w: jnp.zeros(jnp.shape(w), _wide(w).dtype), params)

@@ -42,12 +42,13 @@ def normal(given: LeastSquares, damping: float) -> Normal:
     moments, weights, free = given.moments, given.weights, given.free
     n = moments.shape[-1]
     diagonal = jnp.diagonal(moments, axis1=-2, axis2=-1)[:, : n - free]
-    scale = jnp.mean(diagonal, axis=-1)[:, None]
-    scale = damping * jnp.where(scale > 0, scale, 1) * (jnp.arange(n) < n - free)
-    scale = scale + jnp.finfo(moments.dtype).eps * (jnp.arange(n) >= n - free)
-    left = moments + scale[:, :, None] * jnp.eye(n, dtype=moments.dtype)
-    right = given.cross @ weights + scale[:, :, None] * weights
-    return Normal(left, right.astype(left.dtype))
+    mean = jnp.mean(diagonal, axis=-1)[:, None]
+    bias = (jnp.arange(n) >= n - free)[None]
+    tiny = jnp.finfo(moments.dtype).eps
+    scale = jnp.where(bias, tiny, damping * jnp.where(mean > 0, mean, 1))
+    left = moments + scale[:, :, None] * jnp.eye(n, dtype=moments.dtype)[None]
+    weights = weights.astype(left.dtype)
+    return Normal(left, given.cross @ weights + scale[:, :, None] * weights)
 
 
 def largest(scores: Array, pruned: Any, n_m: tuple[int, int] | None = None) -> Array:
@@ -60,6 +61,26 @@ def largest(scores: Array, pruned: Any, n_m: tuple[int, int] | None = None) -> A
     windows = scores.reshape(scores.shape[0], -1, m, scores.shape[-1])
     ranks = jnp.argsort(jnp.argsort(windows, axis=2), axis=2)
     return (ranks >= m - n).reshape(scores.shape)
+
+
+def by_loss(start: Array, inverse: Array, pruned: Any, n_m: Any, free: int) -> Array:
+    r"""Keep the weights without which the error would rise most, $v^2 / (H^{-1})_{ii}$.
+
+    Args:
+        start: the solution without a mask.
+        inverse: of the left side.
+        pruned: as of `largest`, like `n_m`.
+        n_m: likewise.
+        free: how many of the last inputs are no weights.
+    """
+    worth = start**2 / jnp.diagonal(inverse, axis1=-2, axis2=-1)[..., None]
+    return largest(worth[:, : start.shape[1] - free], pruned, n_m)
+
+
+@jax.jit
+def objective(equations: Normal, weights: Array) -> Array:
+    r"""Return the damped error of weights, but for what is the same for all."""
+    return jnp.sum(weights * (equations.left @ weights - 2 * equations.right))
 
 
 def refit(equations: Normal, kept: Array) -> Array:
@@ -184,7 +205,7 @@ def sweep(inverse: Array, weights: Array, kept: Array, block: int) -> Array:
             def step(i: Array, found: Any, own: Array = own, start: int = start) -> Any:
                 part, errors = found
                 error = jnp.where(kept[start + i], 0, part[i]) / own[i, i]
-                row = jnp.where(jnp.arange(own.shape[0]) >= i, own[i], 0)
+                row = jnp.where(jnp.arange(own.shape[0]) >= i, own[i], jnp.zeros_like(own[i]))
                 return part - row[:, None] * error[None], errors.at[i].set(error)
 
             part, errors = jax.lax.fori_loop(0, end - start, step, (part, jnp.zeros_like(part)))
@@ -216,7 +237,7 @@ def admm(
     left, right = left / (scale * jnp.swapaxes(scale, -1, -2)), right / scale
     values, vectors = jnp.linalg.eigh(left)
     back = jnp.swapaxes(vectors, -1, -2)
-    whole = jnp.broadcast_to(jnp.arange(n)[:, None] >= n - free, right.shape)
+    whole = jnp.broadcast_to((jnp.arange(n) >= n - free)[None, :, None], right.shape)
 
     def project(x: Array) -> tuple[Array, Array]:
         kept = largest(jnp.abs(x[:, : n - free]), pruned, n_m)
@@ -237,4 +258,4 @@ def admm(
     return project(found[0])[1][:, : n - free]
 
 
-_FIRST, _GROWTH = 0.1, 1.07
+_FIRST, _GROWTH = 0.03, 1.04

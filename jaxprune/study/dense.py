@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import trees
@@ -23,7 +24,7 @@ from jaxprune.study.epoch import (
 from jaxprune.study.parts import Part, compact
 from jaxprune.study.setup import keep_all
 from jaxprune.train import TrainState, batch_indices
-from jaxprune.types import Batch
+from jaxprune.types import Batch, Correction
 
 
 class Pruned(NamedTuple):
@@ -87,15 +88,31 @@ def _one_shot(
     assert arm is not None
     ((params, state, _),) = trees.unstack(carry)
     counts = setup.counts(arm, [sparsity_of_level(level) for level in stage.levels])
-    (masks, wrong), mask_seconds = clock.time(programs.select, arm, params, state, batch, counts)
-    check_finite(running, stage, epoch, np.asarray(wrong))
+    method, pruned = setup.criteria[arm.criterion], repeat(params, number)
+    if isinstance(method, Correction):  # whose programs are compiled in the seconds, too
+        of = method, params, state, batch, counts
+        (pruned, masks), mask_seconds = clock.time(setup.corrected, *of)
+    else:
+        of = arm, params, state, batch, counts
+        (masks, wrong), mask_seconds = clock.time(programs.select, *of)
+        check_finite(running, stage, epoch, np.asarray(wrong))
     items, states, seconds = {"masks": masks}, repeat(state, number), 0.0
     if study.recalibrate and jax.tree.leaves(state):
         x, (choose, key) = setup.data.train.x, jax.random.split(keys_of(stage.seed).recalibration)
         order = batch_indices(choose, len(x), study.batch_size)[: study.recalibrate]
-        states, seconds = clock.time(programs.recalibrate, params, masks, state, x, order, key)
+
+        def recalibrate() -> Any:
+            if not isinstance(method, Correction):
+                return programs.recalibrate(params, masks, state, x, order, key)
+            each = [
+                programs.recalibrate(own, trees.stack([mask]), state, x, order, key)
+                for own, mask in zip(*map(trees.unstack, (pruned, masks)), strict=True)
+            ]
+            return jax.tree.map(lambda *levels: jnp.concatenate(levels), *each)
+
+        states, seconds = clock.time(recalibrate)
         items["state"] = states
-    parts = [Part(TrainState(repeat(params, number), states, ()), masks)]
+    parts = [Part(TrainState(pruned, states, ()), masks)]
     if arm.granularity == "unit":
         parts = compact(parts[0].carry, masks, setup, setup.scoring)
     scored, _, eval_seconds = score(running, parts, reference)

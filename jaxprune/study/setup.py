@@ -23,6 +23,7 @@ from jaxprune.structure import Compaction
 from jaxprune.train import steps_on_host
 from jaxprune.types import (
     Batch,
+    Correction,
     Counts,
     Criterion,
     Granularity,
@@ -36,6 +37,8 @@ from jaxprune.types import (
     State,
     Task,
 )
+
+_CORRECTED_BATCH = 1000  # examples that corrections run side by side
 
 
 class Joined(NamedTuple):
@@ -103,7 +106,7 @@ class Setup(NamedTuple):
     task: Task
     optimizer: optax.GradientTransformation
     data: Data
-    criteria: dict[str, Criterion]
+    criteria: dict[str, Criterion | Correction]
     granularities: dict[str, Granularity]
     prunable: Any
     scoring: Joined
@@ -125,8 +128,9 @@ class Setup(NamedTuple):
 
     def scores(self, criterion: str, params: Params, state: State, batch: Batch) -> Scores:
         """Return what a criterion says of one network, checked; traceable."""
-        asked = criteria.problem(self.network, self.task, state)
-        found = self.criteria[criterion].scores(params, asked, batch)
+        asked, method = criteria.problem(self.network, self.task, state), self.criteria[criterion]
+        assert isinstance(method, Criterion)
+        found = method.scores(params, asked, batch)
         criteria.check_scores(found, params, criterion)
         return found
 
@@ -136,6 +140,18 @@ class Setup(NamedTuple):
         return distribution.counts(
             self.params, sparsities, granularity=granularity, scope=arm.scope
         )
+
+    def corrected(
+        self, method: Correction, params: Params, state: State, batch: Batch, counts: Counts
+    ) -> tuple[Params, Masks]:
+        """Return what a correction makes of one network, with a levels axis."""
+        asked, n = criteria.problem(self.network, self.task, state), len(batch.y)
+        size = min(n, _CORRECTED_BATCH)
+        batches = [
+            Batch(batch.x[i : i + size], batch.y[i : i + size], batch.key)
+            for i in range(0, n - size + 1, size)
+        ]
+        return method.prune(params, asked, counts, batches)
 
     def batch(self, key: Key) -> Batch:
         """Draw the training examples that criteria look at, at most all of them."""
@@ -212,7 +228,8 @@ def make_setup(
 def _check_arms(setup: Setup) -> None:
     """Try every criterion in the abstract, and warn of leaves that a level prunes whole."""
     batch = jax.eval_shape(setup.batch, jax.random.key(0))
-    for criterion in setup.criteria:
+    scored = [name for name, each in setup.criteria.items() if isinstance(each, Criterion)]
+    for criterion in scored:
         try:
             jax.eval_shape(
                 lambda *args, name=criterion: setup.scores(name, *args),

@@ -29,7 +29,7 @@ from jaxprune.study.record import Record
 from jaxprune.study.setup import Setup, make_setup
 from jaxprune.study.stages import UPDATES_PER_EPOCH, run
 from jaxprune.train import TrainState, check_batch_size, init_state, make_step
-from jaxprune.types import Apply, Network, Params, State, Task
+from jaxprune.types import Apply, Correction, Network, Params, State, Task
 
 
 def run_sweep(
@@ -86,6 +86,8 @@ def run_sweep(
         raise TypeError("network must be a Network: jp.network(init, apply) makes one")
     params, state = jax.eval_shape(network.init, jax.random.key(0))
     setup = make_setup(network, data, study, task, optimizer, params, state)
+    if wrong := [name for name, each in setup.criteria.items() if isinstance(each, Correction)]:
+        raise ValueError(f"{wrong[0]} also corrects weights, which `prune_curve` does and no sweep")
     check_batch_size(study.batch_size, len(setup.data.train.x))
     folder = None if run_dir is None else Path(run_dir)
     identities = _identities(setup, state)
@@ -180,6 +182,7 @@ def prune_curve(
     *,
     state: State | None = None,
     task: Task | None = None,
+    seed: int = 0,
 ) -> list[Row]:
     """Prune a network trained elsewhere at every level, by every one-shot arm, and score it.
 
@@ -188,12 +191,14 @@ def prune_curve(
         params: its parameters.
         data: `train` is what criteria look at, `val` fits (a temperature), `test` is reported.
         study: criteria, granularities, scopes and levels; epochs, seeds and protocols are not used.
+            Criteria may be methods that correct weights too, such as `criteria.method("alps")`.
         state: the state of a `Network` that has one.
         task: by default what the targets suggest; see `tasks.default_task`.
+        seed: draws the examples that criteria look at, and is the rows'.
 
     Returns:
-        A `Row` an arm and level, of protocol `one_shot`, seed 0 and epoch 0. Churn is against the
-        network as given. Seconds do not include compilation.
+        A `Row` an arm and level, of protocol `one_shot` and epoch 0. Churn is against the network
+        as given. Seconds do not include compilation, but for methods that correct weights.
 
     Raises:
         ValueError: what does not fit: levels, data, or parameters that cannot be pruned.
@@ -215,8 +220,8 @@ def prune_curve(
     setup = make_setup(network, data, study, task, None, params, state)
     running = Running(setup, Programs(setup), Meter(lambda _: None), (study.levels,), setup.arms)
     params, state = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (params, state))
-    batch = setup.batch(keys_of(0).scoring)
+    batch = setup.batch(keys_of(seed).scoring)
     rows: list[Row] = []
-    prune_dense(running, 0, 0, TrainState(params, state, ()), batch, rows.extend)
+    prune_dense(running, seed, 0, TrainState(params, state, ()), batch, rows.extend)
     place = {float(sparsity_of_level(level)): i for i, level in enumerate(study.levels)}
     return sorted(rows, key=lambda row: (setup.arms.index(row.arm), place[row.target_sparsity]))
