@@ -69,7 +69,7 @@ class Study:
     """Epochs of training in all, for the dense and the pruned networks."""
 
     criteria: tuple[Any, ...] = ("magnitude",)
-    """What a weight is worth: magnitude, random, saliency, or module:function of your own."""
+    """What a weight is worth: a name of `criteria.CRITERIA`, or module:function of your own."""
 
     granularities: tuple[str, ...] = GRANULARITIES
     """What is pruned as one: single weights, or whole units with all that belongs to them."""
@@ -132,7 +132,7 @@ class Config(Study):
     """Train a network, prune it at every level, and score them all."""
 
     criteria: tuple[str, ...] = ("magnitude",)
-    """What a weight is worth: magnitude, random, saliency, or my_module:my_scores."""
+    """magnitude, random, synflow, saliency, snip, grasp, fisher, wanda, ria, or my_module:mine."""
 
     preset: Literal["quick", "challenge"] = "quick"
     """quick: 2 epochs, 1 seed, minutes. challenge: 20 epochs, 3 seeds, hours on a CPU."""

@@ -14,6 +14,7 @@ from jaxprune.types import Batch, Problem
 
 RNG = np.random.default_rng(0)
 KEY = jax.random.key(0)
+slow = pytest.mark.slow
 
 
 def normal(*shape):
@@ -90,7 +91,9 @@ def test_blocks_change_nothing(block):
     assert not np.any(np.asarray(found)[~np.asarray(kept)])
 
 
-@pytest.mark.parametrize("sparsity", [0.25, 0.6, 0.9])
+@pytest.mark.parametrize(
+    "sparsity", [pytest.param(0.25, marks=slow), 0.6, pytest.param(0.9, marks=slow)]
+)
 @pytest.mark.parametrize("seed", range(3))
 def test_alps_does_no_worse_in_a_layer_than_obs_and_magnitude(sparsity, seed):
     rng = np.random.default_rng(seed)
@@ -107,7 +110,13 @@ def test_alps_does_no_worse_in_a_layer_than_obs_and_magnitude(sparsity, seed):
     assert errors[2] <= errors[1] * 1.001 and errors[2] < errors[0]
 
 
-@pytest.mark.parametrize("name", ["obs", "alps", "magnitude+refit", "obs+refit", "wanda", "fisher"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "obs", "alps", "magnitude+refit",
+        *(pytest.param(name, marks=slow) for name in ("obs+refit", "wanda", "fisher")),
+    ],
+)  # fmt: skip
 def test_counts_are_exact_and_corrections_come_nearer(name):
     method = criteria.method(name, granularity=jp.weight(CHOSEN))
     params, masks = method.prune(PARAMS, PROBLEM, COUNTS, BATCHES)
@@ -142,7 +151,8 @@ def test_n_of_every_m_inputs_stay(make):
         method.prune(PARAMS, PROBLEM, counts(PARAMS, [0.5], granularity=jp.weight(CHOSEN)), BATCHES)
 
 
-def test_convolutions_shared_leaves_and_batched_products():
+@pytest.mark.parametrize("name", ["alps", pytest.param("magnitude+refit", marks=slow)])
+def test_convolutions_shared_leaves_and_batched_products(name):
     def apply(params, x):
         x = jax.lax.conv_general_dilated(
             x, params["conv"], (2, 2), "SAME", feature_group_count=2,
@@ -160,13 +170,12 @@ def test_convolutions_shared_leaves_and_batched_products():
     chosen = jp.prunable(apply, params, x)
     half = counts(params, [0.5], granularity=jp.weight(chosen))
     plain = jp.apply_masks(params, jp.weight_masks(params, 0.5, prunable=chosen))
-    for name in ("alps", "magnitude+refit"):
-        method = criteria.method(name, granularity=jp.weight(chosen))
-        found, masks = method.prune(params, problem, half, [Batch(x, None, KEY)])
-        found = jax.tree.map(lambda leaf: leaf[0], found)
-        assert all(int((~masks[p]).sum()) == half[p][0] for p in params)
-        errors = [float(jnp.mean((apply(p, x) - apply(params, x)) ** 2)) for p in (found, plain)]
-        assert errors[0] < 0.6 * errors[1]
+    method = criteria.method(name, granularity=jp.weight(chosen))
+    found, masks = method.prune(params, problem, half, [Batch(x, None, KEY)])
+    found = jax.tree.map(lambda leaf: leaf[0], found)
+    assert all(int((~masks[p]).sum()) == half[p][0] for p in params)
+    errors = [float(jnp.mean((apply(p, x) - apply(params, x)) ** 2)) for p in (found, plain)]
+    assert errors[0] < 0.6 * errors[1]
 
 
 def test_units_that_others_can_stand_in_for_go_first():
