@@ -261,3 +261,60 @@ def test_a_curve_takes_methods_and_a_sweep_refuses_them():
 def test_bad_input(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def tied(params, x):
+    return jnp.tanh(params["e"][x] @ params["w"]) @ params["e"].T
+
+
+def scanned(params, x):
+    h = jax.lax.scan(lambda c, _: (jnp.tanh(c @ params["w"]), None), x, None, length=2)[0]
+    return h @ params["w"]
+
+
+def cut(params, x):
+    weights = params["w"].reshape(2, 3, 4).transpose(1, 0, 2)
+    return jnp.einsum("nkh,khd->nd", x, weights)
+
+
+@pytest.mark.parametrize(
+    ("apply", "params", "x", "other"),
+    [
+        (tied, {"e": normal(12, 6), "w": normal(6, 6)}, RNG.integers(0, 12, 40), "e"),
+        (scanned, {"w": normal(5, 5)}, normal(40, 5), "w"),
+        (cut, {"w": normal(6, 4)}, normal(40, 3, 2), "w"),
+    ],
+)
+@pytest.mark.parametrize("name", ["obs", "magnitude+refit"])
+def test_what_is_something_else_besides_is_pruned_by_magnitude_and_named(
+    apply, params, x, other, name
+):
+    problem = Problem(apply, lambda p, b: jnp.sum(apply(p, b.x), 1))
+    half = counts(params, [0.5])
+    with pytest.warns(UserWarning, match=f"pruned but not corrected, .*: {other}$"):
+        found, masks = criteria.method(name).prune(params, problem, half, [Batch(x, None, KEY)])
+    expected = jp.weight_masks(params, [0.5])[other]
+    np.testing.assert_array_equal(masks[other], expected)
+    np.testing.assert_array_equal(found[other], np.where(expected, params[other][None], 0))
+
+
+def test_a_bias_that_is_pruned_is_not_fitted():
+    params = {"w": normal(5, 3), "b": np.array([0.5, -3.0, 0.2], np.float32)}
+    apply = lambda p, x: x @ p["w"] + p["b"][None]  # noqa: E731
+    every = jp.weight(lambda path, leaf: True)
+    goes = {"w": np.array([6]), "b": np.array([2])}
+    x = normal(50, 5)
+    problem = Problem(apply, lambda p, b: jnp.sum(apply(p, b.x), 1))
+    method = criteria.method("magnitude+refit", granularity=every)
+    found, masks = method.prune(params, problem, goes, [Batch(x, None, KEY)])
+    np.testing.assert_array_equal(found["b"], [[0, -3, 0]])
+    plain = np.where(masks["w"][0], params["w"], 0)
+    for j in range(3):  # what the weights do, without the bias
+        target = x.astype("d") @ params["w"][:, j]
+        assert loss(x, target, found["w"][0, :, j]) <= loss(x, target, plain[:, j]) * 1.001
+
+
+@pytest.mark.parametrize("n_m", [(5, 4), (4, 4), (0, 4)])
+def test_patterns_that_cannot_be(n_m):
+    with pytest.raises(ValueError, match="n of m, with 0 < n < m"):
+        criteria.obs(n_m=n_m)

@@ -746,6 +746,56 @@ def test_constants_go_to_a_bias_and_through_a_kernel_of_no_other_use(
             check_values(apply, params, masks, plan, normal(5, 3))
 
 
+@pytest.mark.parametrize(
+    "output",
+    [
+        lambda h, k, b: jax.lax.dot_general(h, k, (((2,), (1,)), ((1,), (0,)))) + b[:, None],
+        lambda h, k, b: jnp.tensordot(h, k, 2) + b[:4],
+        lambda h, k, b: jax.lax.conv_general_dilated(
+            h[:, 0], k.T, (), (), dimension_numbers=("NC", "IO", "NC")
+        ) + b,
+    ],
+)  # fmt: skip
+def test_what_is_added_to_other_products_than_of_matrices_is_no_bias(output: Any) -> None:
+    def apply(params: Any, x: Any) -> Any:
+        return output(jnp.tanh(x @ params["a"] + params["c"]), params["k"], params["b"])
+
+    with jax.numpy_rank_promotion("allow"):
+        params = draw({"a": (5, 3), "c": (3,), "k": (4, 3), "b": (4,)})
+        masks = jax.tree.map(lambda w: np.ones(w.shape, bool), params)
+        masks["a"][:, 1] = False
+        plan = compaction(apply, params, masks, jnp.ones((4, 4, 5)))
+        check_values(apply, params, masks, plan, normal(4, 4, 5))
+
+
+def test_zeros_of_two_signs_are_no_one_constant() -> None:
+    def apply(params: Any, x: Any) -> Any:
+        turned = jnp.arctan2(np.array([0.0, -0.0, 0.0], np.float32), jnp.float32(-1))
+        return jnp.sum(x @ params["a"] + turned[None], 1) @ params["out"]
+
+    params = draw({"a": (5, 3), "out": (4, 2)})
+    masks = jax.tree.map(lambda w: np.ones(w.shape, bool), params)
+    masks["a"][:, 1] = False
+    plan = compaction(apply, params, masks, jnp.ones((4, 5)))
+    check_values(apply, params, masks, plan, normal(4, 5))
+
+
+def test_complex_minima_and_choices_of_keys_stay_as_they_are() -> None:
+    def apply(params: Any, x: Any) -> Any:
+        keys = jax.random.split(jax.random.key(0), 3)
+        chosen = jnp.where(np.array([True, True, True]), keys, keys[::-1])
+        h = jnp.tanh(x @ params["a"])
+        low = jnp.min(h + 1j * h, axis=0).real
+        return h @ params["out"] + jax.random.normal(chosen[0], (2,))[None] + jnp.sum(low)
+
+    with jax.numpy_dtype_promotion("standard"):
+        params = draw({"a": (5, 3), "out": (3, 2)})
+        masks = jax.tree.map(lambda w: np.ones(w.shape, bool), params)
+        masks["a"][:, 1] = False
+        plan = compaction(apply, params, masks, jnp.ones((4, 5)))
+        check_values(apply, params, masks, plan, normal(4, 5))
+
+
 def test_a_constant_without_a_bias_to_go_to_stays() -> None:
     apply, params = through(lambda x: jax.nn.sigmoid(x)), draw(HIDDEN)
     masks = jax.tree.map(lambda w: np.ones(w.shape, bool), params)

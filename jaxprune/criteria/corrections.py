@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxprune import trees
 from jaxprune.criteria import solvers
-from jaxprune.criteria.layerwise import LeastSquares, layer_by_layer, to_matrix, warn_of_others
+from jaxprune.criteria.layerwise import LeastSquares, layer_by_layer, to_matrix
 from jaxprune.granularity import weight
 from jaxprune.masks import apply_masks, masks_at
 from jaxprune.structure.layers import Layer
@@ -96,7 +96,8 @@ def refit(method: Correction, *, damping: float = 0.01) -> Correction:
 
     Layer after layer, every output is fitted by least squares to what the dense network gives
     there, from the inputs that the network as pruned so far has; so each layer makes up for those
-    before. Layers that are not pruned are fitted too, and biases with their layer.
+    before. Layers that are not pruned are fitted too, and biases with their matrix, if nothing of
+    them is pruned. What cannot be fitted is named in a warning, and is pruned all the same.
 
     Args:
         method: chooses the weights; `by_scores(criterion)`, or one that corrects in its own way.
@@ -106,8 +107,8 @@ def refit(method: Correction, *, damping: float = 0.01) -> Correction:
         ValueError: when made: damping that is not positive.
 
     Reference:
-        The least squares of Frantar, Alistarh. SparseGPT. ICML 2023, solved exactly and in order,
-        with the inputs of the pruned network.
+        The least squares of Frantar, Alistarh. SparseGPT. ICML 2023, solved to rounding and in
+        order, with the inputs of the pruned network.
     """
     _check_positive("damping", damping)
 
@@ -125,9 +126,7 @@ def refit(method: Correction, *, damping: float = 0.01) -> Correction:
             return _fit(solvers.normal(given, damping), _extended(kept, given.free)), kept
 
         inputs = [batch.x for batch in batches]
-        found, _, paths = layer_by_layer(problem.apply, params, inputs, len(levels), one)
-        others = [path for path in levels[0] if not all(each[path].all() for each in levels)]
-        warn_of_others(others, paths)
+        found, _ = layer_by_layer(problem.apply, params, inputs, masks, one)
         return jax.vmap(apply_masks)(found, masks), masks
 
     return Correction(f"{method.name}+refit", {**method.settings, "refit_damping": damping}, prune)
@@ -144,7 +143,7 @@ def obs(*, damping: float = 0.01, block: int = 128, n_m: NM = None) -> Correctio
         damping: as of `refit`.
         block: inputs between which later ones are corrected at once; speed, not results, depend on
             it.
-        n_m: (n, m) keeps n of every m inputs of an output, whatever the counts.
+        n_m: (n, m) keeps n of every m inputs of an output, of layers whose count is not 0.
 
     Raises:
         ValueError: when made: damping or block that are not positive; when used: m that does not
@@ -168,7 +167,7 @@ def obs(*, damping: float = 0.01, block: int = 128, n_m: NM = None) -> Correctio
 
 
 def alps(*, damping: float = 0.01, iterations: int = 100, n_m: NM = None) -> Correction:
-    r"""Find weights and mask of a layer together by ADMM, and fit the weights to the mask exactly.
+    r"""Find weights and mask of a layer together by ADMM, and fit the weights to the mask.
 
     Where the mask of `obs` does better under such a fit, it is taken.
 
@@ -182,8 +181,8 @@ def alps(*, damping: float = 0.01, iterations: int = 100, n_m: NM = None) -> Cor
 
     Reference:
         Meng, Behdin, Wang, Mazumder. ALPS: Improved Optimization for Highly Sparse One-Shot Pruning
-        for Large Language Models. NeurIPS 2024. There the last step is conjugate gradients, here it
-        is exact, and targets are the dense network's outputs.
+        for Large Language Models. NeurIPS 2024. Here the last step is `refit`'s, and targets are
+        the dense network's outputs.
     """
     _check_positive("damping", damping)
     _check_positive("iterations", iterations)
@@ -210,6 +209,8 @@ def _layerwise(
 ) -> Correction:
     """Return a method that prunes each layer by its own least squares."""
     if n_m is not None:
+        if not 0 < n_m[0] < n_m[1]:
+            raise ValueError(f"n_m must be n of m, with 0 < n < m, got {n_m[0]}:{n_m[1]}")
         name, settings = f"{name} {n_m[0]}:{n_m[1]}", {**settings, "n_m": list(n_m)}
 
     def prune(
@@ -230,8 +231,9 @@ def _layerwise(
             return solve(given, equations, goes)
 
         inputs = [batch.x for batch in batches]
-        found, masks, paths = layer_by_layer(problem.apply, params, inputs, levels, one)
-        warn_of_others([path for path, each in pruned.items() if np.any(each)], paths)
+        sizes = jax.tree.map(jnp.abs, params)
+        others = masks_at(sizes, counts, granularity=_counted(pruned))  # where nothing is solved
+        found, masks = layer_by_layer(problem.apply, params, inputs, others, one)
         return found, masks
 
     return Correction(name, settings, prune)
@@ -269,6 +271,11 @@ def _by_path(params: Params, counts: Counts, name: str) -> dict[str, np.ndarray]
     if jax.tree.structure(counts) != jax.tree.structure(params):
         raise ValueError(f"{name} prunes layer by layer and needs a count a leaf: use scope layer")
     return {path: np.atleast_1d(each) for path, each in trees.paths_and_leaves(counts)}
+
+
+def _counted(pruned: dict[str, np.ndarray]) -> Granularity:
+    """Return the granularity of the weights of which some are pruned."""
+    return weight(lambda path, leaf: bool(np.any(pruned[path])))
 
 
 def _joined(batches: Sequence[Batch]) -> Batch:

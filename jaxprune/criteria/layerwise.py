@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxprune import trees
 from jaxprune.structure.flat import Flat
@@ -62,8 +63,8 @@ The weights have a row more for each free input. None: the layer stays as it is.
 
 
 def layer_by_layer(
-    apply: Apply, params: Params, batches: Sequence[Any], levels: int, solve: Solve
-) -> tuple[Params, Masks, list[str]]:
+    apply: Apply, params: Params, batches: Sequence[Any], masks: Masks, solve: Solve
+) -> tuple[Params, Masks]:
     """Change one layer after the other, in the order of the program, at all levels.
 
     Every level is run once, piece by piece: what is before a layer has changed when the layer's
@@ -73,19 +74,30 @@ def layer_by_layer(
         apply: any function of parameters and inputs that JAX can trace.
         params: its parameters, of the dense network.
         batches: inputs, all of one shape.
-        levels: how many.
+        masks: with a leading levels axis, of what cannot be solved for: leaves that are not the
+            weights of products outside of loops, or are something else besides. They are masked
+            from the start, with a warning.
         solve: called for each layer and level.
 
     Returns:
-        Parameters and masks with a leading levels axis, masks all True where nothing was solved,
-        and the paths of all leaves that `solve` was asked for.
+        Parameters and masks with a leading levels axis; the masks given, where nothing was solved.
     """
     flat = Flat.of(apply, params, batches[0])
     paths = trees.paths_and_leaves(params)
     dense = [jnp.asarray(leaf) for _, leaf in paths]
-    sites = _sites(flat, paths)
-    leaves = [list(dense) for _ in range(levels)]
-    masks: list[dict[int, Array]] = [{} for _ in range(levels)]
+    given = [jax.tree.leaves(each) for each in trees.unstack(masks)]
+    levels, sites = len(given), _sites(flat, paths)
+    sites = [_with_bias(site, given) for site in sites]
+    solved_for = {site.number for site in sites}
+    leaves = [
+        [w if i in solved_for or mask[i].all() else jnp.where(mask[i], w, jnp.zeros_like(w))
+         for i, w in enumerate(dense)]
+        for mask in given
+    ]  # fmt: skip
+    _warn_of_others([
+        path for i, (path, _) in enumerate(paths)
+        if i not in solved_for and np.ndim(dense[i]) > 1 and not all(own[i].all() for own in given)
+    ])  # fmt: skip
     first = [flat.inputs(x) for x in batches]
     states, at = [first] * (levels + 1), 0  # the dense network's is the last
     for site in sites:
@@ -110,23 +122,25 @@ def layer_by_layer(
             values = values[:, : kept.shape[1]]
             leaf = _leaf(jnp.where(kept, values, 0), site.layer, shape)
             leaves[level][site.number] = leaf.astype(dense[site.number].dtype)
-            masks[level][site.number] = _leaf(kept, site.layer, shape)
+            given[level][site.number] = _leaf(kept, site.layer, shape)
     tree = jax.tree.structure(params)
-    full = [jnp.ones(leaf.shape, bool) for leaf in dense]
-    found_masks = [[own.get(i, full[i]) for i in range(len(dense))] for own in masks]
     return (
         trees.stack([jax.tree.unflatten(tree, each) for each in leaves]),
-        trees.stack([jax.tree.unflatten(tree, each) for each in found_masks]),
-        [site.layer.path for site in sites],
+        trees.stack([jax.tree.unflatten(tree, each) for each in given]),
     )
 
 
-def warn_of_others(paths: Sequence[str], corrected: Sequence[str]) -> None:
-    """Warn of leaves that are pruned but not corrected."""
-    if others := [path for path in paths if path not in corrected]:
+def _with_bias(site: Site, masks: list[list[Array]]) -> Site:
+    """Return a site whose bias is fitted only if all of it is kept."""
+    kept = site.bias is None or all(own[site.bias].all() for own in masks)
+    return site if kept else site._replace(bias=None)
+
+
+def _warn_of_others(paths: Sequence[str]) -> None:
+    if paths:
         warnings.warn(
-            f"not corrected, as they are no weights of products outside of loops, or changed "
-            f"before: {', '.join(others)}",
+            "pruned but not corrected, as they are not the weights of products outside of loops "
+            f"as they are, or something else besides: {', '.join(paths)}",
             stacklevel=3,
         )
 
@@ -139,12 +153,13 @@ def _sites(flat: Flat, paths: Sequence[tuple[str, Any]]) -> list[Site]:
         fits = product.leaf is not None and len(product.orders) == 1
         name = flat.closed.jaxpr.eqns[i].primitive.name
         if fits and name != "ragged_dot_general" and len(next(iter(product.orders)).batched) < 2:
-            by_leaf.setdefault(product.leaf or 0, {})[i] = product
+            assert product.leaf is not None
+            by_leaf.setdefault(product.leaf, {})[i] = product
         else:
             never |= product.leaves
     found = []
     for number, products in by_leaf.items():
-        if number in never:
+        if number in never or flat.taken[number] != len(products):
             continue
         uses = {use._replace(of=None) for product in products.values() for use in product.orders}
         [layer] = [layer_of(use, paths, ()) for use in uses] if len(uses) == 1 else [None]

@@ -136,8 +136,14 @@ def constant(value: Any) -> Facts:
     if jnp.issubdtype(getattr(value, "dtype", np.int32), jax.dtypes.extended):
         return nothing(len(shape))
     value = np.asarray(value)
-    uniform = value.size and bool((value == value.flat[0]).all())
+    uniform = value.size and bool((value == value.flat[0]).all()) and _one_sign(value)
     return Facts((None,) * len(shape), value.flat[0] if uniform else None)
+
+
+def _one_sign(value: np.ndarray) -> bool:
+    """Tell whether zeros have one sign, which a few primitives look at."""
+    real = jnp.issubdtype(value.dtype, np.floating)
+    return not real or value.flat[0] != 0 or len({*np.signbit(value).flat}) == 1
 
 
 def common(facts: Sequence[Known | None]) -> Known | None:

@@ -4,7 +4,7 @@ Any `apply(params, x)` comes in. Whoever changes one layer after the other takes
 so that nothing is computed twice.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +27,7 @@ class Flat(NamedTuple):
         closed: with calls written out, and without derivative rules.
         leaves: how many of its inputs are parameters.
         products: with weights, by the number of their equation; none within loops.
+        taken: how often a leaf is taken in by anything, by number.
         fixed: the variables that do not depend on the inputs.
         out_tree: the structure of what it returns.
     """
@@ -34,6 +35,7 @@ class Flat(NamedTuple):
     closed: ClosedJaxpr
     leaves: int
     products: dict[int, Product]
+    taken: Mapping[Any, int]
     fixed: frozenset[Any]
     out_tree: Any
 
@@ -49,9 +51,10 @@ class Flat(NamedTuple):
         for eqn in flat.jaxpr.eqns:
             if not eqn.effects and fixed.issuperset(v for v in eqn.invars if isinstance(v, Var)):
                 fixed.update(eqn.outvars)
-        found = read(flat, [leaf.ndim for leaf in leaves]).products
-        products = {place[0]: product for place, product in found.items() if len(place) == 1}
-        return cls(flat, len(leaves), products, frozenset(fixed), jax.tree.structure(shape))
+        found = read(flat, [leaf.ndim for leaf in leaves])
+        products = {at[0]: product for at, product in found.products.items() if len(at) == 1}
+        out_tree = jax.tree.structure(shape)
+        return cls(flat, len(leaves), products, found.taken, frozenset(fixed), out_tree)
 
     def inputs(self, x: Any) -> dict[Any, Any]:
         """Return the values from which the network is run, of `x`."""

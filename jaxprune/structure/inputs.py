@@ -44,7 +44,8 @@ def layer_inputs(
         By layer, as `layers` tells it, the sum of what `reduce` returned for it over batches, and
         over the places where it is used. Experts, heads and groups of features, each with inputs of
         its own, give a leading axis, and so do layers that a scan runs over. Products within
-        `while` and `cond`, and those of rows sorted by experts, are left out.
+        `while` and `cond`, those of rows sorted by experts, and those of weights whose axes were
+        cut and then transposed are left out.
 
     Raises:
         ValueError: there are no batches; or a leaf is used in places that give other shapes.

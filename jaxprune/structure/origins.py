@@ -73,6 +73,7 @@ class Weights(NamedTuple):
         inner: axes of leaves that products of such values sum over.
         lookups: those that it comes from.
         itself: the leaf that it is, its axes spread, moved or of another shape at most.
+        mixed: whether axes that one axis of a leaf was cut into may be in another order than there.
     """
 
     axes: tuple[Axis, ...]
@@ -80,6 +81,7 @@ class Weights(NamedTuple):
     inner: Axis = NOTHING
     lookups: frozenset[tuple[int, int]] = frozenset()
     itself: int | None = None
+    mixed: bool = False
 
 
 class Value(NamedTuple):
@@ -121,7 +123,7 @@ def constant(value: Any) -> Value:
 def made_of(parts: Sequence[Weights], axes: Sequence[Axis]) -> Weights:
     """Return what is made of several, with these axes."""
     leaves, inner, lookups = (union([part[i] for part in parts]) for i in (1, 2, 3))
-    return Weights(tuple(axes), leaves, inner, lookups)
+    return Weights(tuple(axes), leaves, inner, lookups, mixed=any(part.mixed for part in parts))
 
 
 def after(values: Sequence[Value], weights: Weights | None = None) -> Value:
@@ -138,3 +140,13 @@ def either(values: Sequence[Value]) -> Value:
         return found
     axes = [union(each) for each in zip(*(part.axes for part in parts), strict=True)]
     return found._replace(weights=made_of(parts, axes))
+
+
+def mixes(axes: Sequence[Axis], order: Sequence[int]) -> bool:
+    """Tell whether a transposition changes the order of two axes that one axis of a leaf gave."""
+    moved = [axes[i] for i in order]
+    return any(
+        order[i] > order[j] and moved[i] & moved[j]
+        for i in range(len(order))
+        for j in range(i + 1, len(order))
+    )

@@ -40,7 +40,7 @@ class Product(NamedTuple):
     Attributes:
         operand: the number of the operand that depends on the inputs.
         orders: of each use of a leaf there the axes of the weights that are summed over, in the
-            order that they have in the leaf.
+            order that they have in the leaf; none where that is not known.
         leaves: that the weights are made from; none of those that the inputs choose.
         leaf: the leaf that the weights are, of other shape or with its axes moved at most.
         matrix: that leaf, if it has two axes and is used for nothing else.
@@ -64,12 +64,14 @@ class Reading(NamedTuple):
         last: the leaves of the products whose result reaches an output with no product of another
             leaf after it. Of those, one is left out that another is computed from, unless both are
             in one loop.
-        products: with weights, by place.
+        products: with weights, by place; of the branches of a condition, those of the last.
+        taken: how often a leaf is taken in, by number; once more by a loop that takes it in.
     """
 
     uses: list[Use]
     last: set[int]
     products: dict[Place, Product]
+    taken: Counter[Any]
 
 
 def read(closed: ClosedJaxpr, ranks: Sequence[int]) -> Reading:
@@ -105,7 +107,7 @@ def read(closed: ClosedJaxpr, ranks: Sequence[int]) -> Reading:
         )
         bias = bias if at in alone else None
         reader.products[at] = product._replace(matrix=matrix, bias=bias)
-    return Reading(uses, {*near} - earlier, reader.products)
+    return Reading(uses, {*near} - earlier, reader.products, reader.taken)
 
 
 @dataclasses.dataclass
@@ -200,9 +202,13 @@ class _Reader:
             if axes:
                 orders[use] = tuple(sorted(sums[k], key=lambda i: (among(leaf, [i]), i)))  # noqa: B023
         whole = {frozenset([(weights.itself, axis)]) for axis in (0, 1)}
-        matrix = weights.itself if len(weights.axes) == 2 and {*weights.axes} == whole else None
+        plain = eqn.primitive.name == "dot_general" and (len(sums[k]), len(batch[k])) == (1, 0)
+        plain = plain and len(weights.axes) == 2 and {*weights.axes} == whole
+        matrix = weights.itself if plain else None
         leaves = frozenset() if ins[k].data else weights.leaves
         itself = weights.itself if _whole(eqn.invars[k].aval.shape, weights, sums[k]) else None
+        if weights.mixed or eqn.params.get("batch_group_count", 1) > 1:
+            itself, orders = None, {}  # what its columns are is not known
         self.products[self.at] = Product(1 - k, orders, leaves, itself, matrix)
         self.experts |= weights.lookups
         noted = {use.leaf for use in self.uses if use.leaf in weights.leaves and use.contracted}
@@ -239,6 +245,10 @@ def _plain(reader: _Reader, eqn: Any, ins: list[Value]) -> list[Value]:
     if len(parts) < len(ins) or (merged.data and len(operands) > 1):
         return [merged] * len(eqn.outvars)
     found = [made_of(parts, each) for each in _axes_of(eqn, [part.axes for part in parts])]
+    if eqn.primitive.name == "transpose" and origins.mixes(
+        parts[0].axes, eqn.params["permutation"]
+    ):
+        found = [each._replace(mixed=True) for each in found]
     if eqn.primitive.name in _SPREAD and len(parts) == 1:
         found = [each._replace(itself=parts[0].itself) for each in found]
     return [merged._replace(weights=each) for each in found]

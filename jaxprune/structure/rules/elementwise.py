@@ -5,6 +5,7 @@ from functools import lru_cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.structure import axes as ax
@@ -35,7 +36,8 @@ def _axes(eqn: Any, ins: Sequence[Axes], algebra: Any) -> list[Axes]:
 
 def _facts(call: Call, ins: Sequence[Facts]) -> list[Facts]:
     shapes = [x.aval.shape for x in call.eqn.invars]
-    if any(len(shape) not in (0, len(call.out)) for shape in shapes):
+    keys = jnp.issubdtype(call.eqn.outvars[0].aval.dtype, jax.dtypes.extended)
+    if keys or any(len(shape) not in (0, len(call.out)) for shape in shapes):
         return unknown_facts(call, ins)
     if call.name in ("is_finite", "eq", "ne") and len({*map(id, call.eqn.invars)}) == 1:
         return unknown_facts(call, ins)  # asks for NaN, which an index out of range may have given
@@ -130,9 +132,11 @@ def _compute(primitive: Any, params: Any, constants: tuple[tuple[np.dtype, bytes
 
 def _distinct(values: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Return where each combination of values comes first, and which one is at each position."""
-    if all(v.size and (v == v[0]).all() for v in values):  # nearly always, and quick to see
+    content = [np.ascontiguousarray(v).view(np.uint8).reshape(v.size, v.itemsize) for v in values]
+    if all(len(v) and (v == v[0]).all() for v in content):  # nearly always, and quick to see
         return np.zeros(1, int), np.zeros(values[0].size, int)
-    codes = np.stack([np.unique(v, return_inverse=True)[1].ravel() for v in values])
+    # By their bytes: 0 and -0 are not one constant.
+    codes = np.stack([np.unique(v, axis=0, return_inverse=True)[1].ravel() for v in content])
     _, first, inverse = np.unique(codes, axis=1, return_index=True, return_inverse=True)
     return first, inverse
 

@@ -18,7 +18,7 @@ _NEUTRAL: dict[str, Callable[[Any], Any]] = {
     "sum": lambda dtype: 0,
     "prod": lambda dtype: 1,
     "max": lambda dtype: _lowest(dtype),
-    "min": lambda dtype: -_lowest(dtype) if np.issubdtype(dtype, np.inexact) else None,
+    "min": lambda dtype: np.inf if jnp.issubdtype(dtype, np.floating) else None,
     "or": lambda dtype: 0,
     "xor": lambda dtype: 0,
     "and": lambda dtype: True if dtype == np.bool_ else -1,
