@@ -4,7 +4,11 @@ Usage: python experiments/one_shot.py --preset quick
 """
 
 import dataclasses
+import json
+import re
 import sys
+import threading
+import time
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -18,16 +22,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     "quick": {"seeds": 1, "epochs": 2, "images": 4000, "levels": (0.0, 80.0, 95.0)},
     "full": {"seeds": 3, "epochs": 6, "images": 30000, "levels": LEVELS},
 }
-METHODS = {
-    "weight": (
-        "magnitude", "random", "synflow", "saliency", "snip", "grasp", "fisher", "wanda", "ria",
-        "obs", "alps", "magnitude+refit", "wanda+refit", "obs+refit",
-    ),
-    "unit": (
-        "magnitude", "random", "saliency", "fisher", "reconstruction", "magnitude+refit",
-        "reconstruction+refit",
-    ),
-}  # fmt: skip
+OF_WEIGHTS = (
+    "magnitude", "random", "synflow*100", "saliency", "grasp", "fisher", "wanda", "ria", "obs",
+    "alps", "fisher_obs", "magnitude+refit", "wanda+refit", "obs+refit",
+)  # fmt: skip
+OF_UNITS = (
+    "magnitude", "l1", "random", "saliency", "taylor2", "activation", "reconstruction",
+    "magnitude+refit", "reconstruction+refit",
+)  # fmt: skip
+OF_WINDOWS = ("magnitude", "random", "wanda", "ria", "obs", "alps", "magnitude+refit")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Flags:
     """Tokens in a window of a text."""
 
     levels: tuple[float, ...] = LEVELS
-    """Sparsities to prune to, in percent of the prunable weights, or of the units."""
+    """Sparsities to prune to, in percent; a granularity such as 2:4 has its own."""
 
     seeds: int = 1
     """Number of trained networks, seeds 0 to N-1."""
@@ -65,13 +68,16 @@ class Flags:
     """Adam's step size."""
 
     granularities: tuple[str, ...] = ("weight", "unit")
-    """What is pruned as one."""
+    """What is pruned as one: weight, unit, row, block4x4, 2:4."""
 
-    methods: tuple[str, ...] = ()
-    """Criteria, my_module:my_scores, obs, alps, reconstruction, each with +refit; default: all."""
+    scopes: tuple[str, ...] = ("layer",)
+    """How a sparsity is shared out among layers: layer, global, erk, owl, by_loss, my_module:f."""
+
+    criteria: tuple[str, ...] = ()
+    """Criteria, my_module:f, obs, alps, fisher_obs, reconstruction, each with *10, +refit; all."""
 
     images: int = 8000
-    """Training examples that layers are fitted to."""
+    """Training examples that layers are fitted to, or windows of a text."""
 
     score_batch: int = 1000
     """Training examples that criteria look at."""
@@ -79,8 +85,17 @@ class Flags:
     checkpoint: Path | None = None
     """A run directory of experiments/sweep.py, whose dense networks are taken; else one is made."""
 
+    params: Path | None = None
+    """A .safetensors file of one network's parameters, by path; nothing is trained."""
+
     run_dir: Path | None = None
     """Folder of the run; given again, it goes on there. Default: runs/one_shot-<data>-<preset>."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run."""
+        name = f"one_shot-{self.dataset}-{self.network}-{self.preset}"
+        return self.run_dir or Path("runs") / re.sub(r"[^\w.-]", "-", name)
 
 
 def main() -> None:
@@ -90,134 +105,247 @@ def main() -> None:
     flags = tyro.cli(Flags, default=default, description=__doc__)
     try:
         run(flags)
-    except (ValueError, OSError) as error:
+    except (ValueError, TypeError, OSError) as error:
+        if "JP_TB" in __import__("os").environ: raise
         stop(2, str(error))
+    except ArithmeticError as error:
+        stop(1, str(error))
+
+
+def methods_of(flags: Flags, granularity: str) -> tuple[str, ...]:
+    """Return the methods of a granularity."""
+    if flags.criteria:
+        return flags.criteria
+    if granularity == "unit":
+        return OF_UNITS
+    if ":" in granularity:
+        return OF_WINDOWS
+    return OF_WEIGHTS if granularity == "weight" else OF_WEIGHTS[:8]
 
 
 def run(flags: Flags) -> None:
     """Train or load the dense networks, prune them by every method, and report."""
-    import optax
+    from experiments import one_shot_page
+    from jaxprune import data, networks
 
-    import jaxprune as jp
-    from jaxprune import data, networks, results
-
-    folder = (
-        flags.run_dir or Path("runs") / f"one_shot-{flags.dataset.replace(':', '-')}-{flags.preset}"
-    )
     loaded = data.load(flags.dataset, context=flags.context)
     example = networks.Example(loaded.train.x[:2], data.outputs_of(loaded))
     options = {"hidden_sizes": flags.hidden_sizes} if flags.network == "mlp" else {}
     network = networks.resolve(flags.network)(example, **options)
+    _check(flags, network, loaded)
+    dense = _dense(flags, network, loaded)
+    rows, facts = [], []
+    for granularity in flags.granularities:
+        for seed in range(1 if flags.params else flags.seeds):
+            for name in methods_of(flags, granularity):
+                for scope in flags.scopes:
+                    own = granularity, scope, name, seed
+                    more, fact = _pruned(flags, network, loaded, dense(seed), *own)
+                    rows += more
+                    facts.append(fact)
+    one_shot_page.write(flags, flags.folder, rows, facts, _metrics(network, loaded))
+
+
+def _metrics(network: Any, loaded: Any) -> Any:
+    import jax
+
+    from jaxprune import tasks
+
+    params, state = jax.eval_shape(network.init, jax.random.key(0))
+    outputs = jax.eval_shape(network.apply, params, state, loaded.train.x[:2])
+    return tasks.default_task(loaded.train.y).metrics(outputs)
+
+
+def _dense(flags: Flags, network: Any, loaded: Any) -> Any:
+    """Return a function from a seed to parameters and state of the network to prune."""
+    import optax
+
+    import jaxprune as jp
+    from jaxprune import results
+
+    if flags.params is not None:
+        given = _from_file(flags.params, network)
+        return lambda seed: given
     study = Study(levels=(0,), seeds=flags.seeds, epochs=flags.epochs, protocols=("one_shot",),
                   granularities=("weight",), batch_size=flags.batch_size)  # fmt: skip
-    source = flags.checkpoint or folder / "dense"
+    source = flags.checkpoint or flags.folder / "dense"
     if flags.checkpoint is None:
         with progress_display() as tell:
             optimizer = optax.adam(flags.learning_rate)
             jp.run_sweep(network, loaded, study, optimizer=optimizer, run_dir=source, report=tell)
-    dense = results.load_run(source)
-    rows = []
+    found = results.load_run(source)
+
+    def one(seed: int) -> Any:
+        loaded = found.network(found.arms[0], seed, 0)
+        return loaded.params, loaded.state
+
+    return one
+
+
+def _from_file(path: Path, network: Any) -> Any:
+    """Return parameters and state of a network, from a file of arrays by path."""
+    import jax
+    from safetensors.numpy import load_file
+
+    from jaxprune import trees
+
+    arrays = {name.replace(".", "/"): array for name, array in load_file(path).items()}
+    params, state = network.init(jax.random.key(0))
+    wanted = {name: leaf.shape for name, leaf in trees.paths_and_leaves(params)}
+    for name, shape in wanted.items():
+        if name not in arrays or arrays[name].shape != shape:
+            there = f"shape {arrays[name].shape}" if name in arrays else "nothing of that name"
+            raise ValueError(f"{path}: {name} of shape {shape} is wanted, and it has {there}")
+    if others := arrays.keys() - wanted.keys():
+        raise ValueError(f"{path} has {min(others)}, which the network has not")
+    return jax.tree.unflatten(jax.tree.structure(params), [arrays[name] for name in wanted]), state
+
+
+def _given(flags: Flags, network: Any, params: Any, state: Any, x: Any, granularity: str,
+           name: str) -> tuple[Any, bool]:  # fmt: skip
+    """Return what a study takes as a criterion for a method, and whether it corrects."""
+    import jaxprune as jp
+    from jaxprune import criteria, structure
+    from jaxprune import granularity as granularities
+
+    plain = re.fullmatch(r"[^+*]+", name) and name not in (
+        *criteria.CORRECTIONS,
+        *criteria.OF_UNITS,
+    )
+    if plain:
+        return name, False
+    apply = lambda params, x: network.apply(params, state, x)  # noqa: E731
+    chosen = jp.prunable(apply, params, x) if network.prunable is None else network.prunable
+    graph = jp.dependency_graph(apply, params, x) if granularity == "unit" else None
+    if graph is not None:
+        pieces = jp.group(graph, chosen)
+    else:
+        pieces = granularities.named(granularity, chosen, structure.layers(apply, params, x))
+    return criteria.method(name, granularity=pieces, graph=graph), True
+
+
+def _study(flags: Flags, granularity: str, scope: str, given: Any, corrects: bool) -> Study:
+    levels = flags.levels
+    if ":" in granularity:
+        n, m = map(int, granularity.split(":"))
+        levels = (0.0, 100 * (m - n) / m)
+    return Study(levels=levels, criteria=(given,), granularities=(granularity,), scopes=(scope,),
+                 protocols=("one_shot",),
+                 score_batch=flags.images if corrects else flags.score_batch)  # fmt: skip
+
+
+def _check(flags: Flags, network: Any, loaded: Any) -> None:
+    """Raise what is wrong with methods, scopes and granularities before anything is trained."""
+    import jax
+
+    from jaxprune.study import setup
+
+    params, state = network.init(jax.random.key(0))
     for granularity in flags.granularities:
-        for seed in range(flags.seeds):
-            found = dense.network(dense.arms[0], seed, 0)
-            for name in flags.methods or METHODS[granularity]:
-                rows += _pruned(flags, folder, network, loaded, found, granularity, name, seed)
-    report_on(flags, folder, rows, dense)
+        for name in methods_of(flags, granularity):
+            given = _given(flags, network, params, state, loaded.train.x[:2], granularity, name)
+            for scope in flags.scopes:
+                study = _study(flags, granularity, scope, *given)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    setup.make_setup(network, loaded, study, None, None, params, state)
 
 
 def _pruned(
-    flags: Flags, folder: Path, network: Any, loaded: Any, dense: Any, granularity: str,
-    name: str, seed: int,
-) -> list[Any]:  # fmt: skip
-    """Return the rows of a method and a seed, found in the folder or made."""
+    flags: Flags, network: Any, loaded: Any, dense: Any, granularity: str, scope: str, name: str,
+    seed: int,
+) -> tuple[list[Any], dict[str, Any]]:  # fmt: skip
+    """Return the rows and facts of a method and a seed, found in the folder or made."""
     import jax
 
     import jaxprune as jp
-    from jaxprune import criteria, results
+    from jaxprune import results, trees
+    from jaxprune.criteria import layer_errors
 
-    corrects = name.endswith("+refit") or name in ("reconstruction", *criteria.CORRECTIONS)
-    told = (flags.dataset, flags.network, flags.hidden_sizes, flags.levels, flags.epochs,
-            flags.learning_rate, flags.images if corrects else flags.score_batch,
-            str(flags.checkpoint))  # fmt: skip
-    path = folder / "rows" / f"{granularity}-{name.replace(':', '-')}-seed{seed}.jsonl"
-    start = results.first_digest(f"{granularity} {name} {told}", seed)
+    params, state = dense
+    given, corrects = _given(flags, network, params, state, loaded.train.x[:2], granularity, name)
+    study = _study(flags, granularity, scope, given, corrects)
+    told = (flags.dataset, flags.network, flags.hidden_sizes, study.levels, flags.epochs,
+            flags.learning_rate, study.score_batch, str(flags.checkpoint),
+            str(flags.params))  # fmt: skip
+    slug = re.sub(r"[^\w.+-]", "-", f"{granularity}-{scope}-{name}")
+    path = flags.folder / "rows" / f"{slug}-seed{seed}.jsonl"
+    start = results.first_digest(f"{granularity} {scope} {name} {told}", seed)
     log = results.read_log(path, start) if path.exists() else None
-    if log is not None and len(log.rows) == len(flags.levels):
-        return list(log.rows)
-    apply = lambda params, x: network.apply(params, dense.state, x)  # noqa: E731
-    given: Any = name
-    if corrects:
-        x = loaded.train.x[:2]
-        chosen = (
-            jp.prunable(apply, dense.params, x) if network.prunable is None else network.prunable
-        )
-        graph = jp.dependency_graph(apply, dense.params, x) if granularity == "unit" else None
-        pieces = jp.weight(chosen) if graph is None else jp.group(graph, chosen)
-        given = criteria.method(name, granularity=pieces, graph=graph)
-    study = Study(levels=flags.levels, criteria=(given,), granularities=(granularity,),
-                  score_batch=flags.images if corrects else flags.score_batch)  # fmt: skip
-    with warnings.catch_warnings():
+    beside = path.with_suffix(".json")
+    if log is not None and len(log.rows) == len(study.levels) and beside.exists():
+        return list(log.rows), json.loads(beside.read_text())
+    facts: dict[str, Any] = {
+        "granularity": granularity, "scope": scope, "method": name, "seed": seed,
+        "levels": [level for level in study.levels if level],
+    }  # fmt: skip
+    x = loaded.train.x[: min(1000, len(loaded.train.x))]
+    apply = jax.jit(lambda params, x: network.apply(params, state, x))
+
+    def keep(arm: Any, kept: Any, masks: Any) -> None:
+        paths = trees.paths_and_leaves(masks)
+        facts["sparsity"] = {
+            path: [float(1 - one.mean()) for one in mask] for path, mask in paths if not mask.all()
+        }
+        for key, trees_ in (("error", kept), ("masked_error", _masked(params, masks))):
+            facts[key] = layer_errors(apply, params, trees_, [x])
+
+    peak = Peak()
+    with peak, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        rows = jp.prune_curve(network, dense.params, loaded, study, state=dense.state, seed=seed)
+        rows = jp.prune_curve(network, params, loaded, study, state=state, seed=seed, keep=keep)
+    facts |= {"peak_bytes": peak.bytes, "name": rows[0].criterion}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     results.append_rows(path, rows, start)
+    beside.write_text(json.dumps(facts) + "\n")
     metric = next(iter(rows[0].metrics))
     shown = ", ".join(f"{100 * r.target_sparsity:g}%: {r.metrics[metric]:.4g}" for r in rows)
-    print(f"{granularity} {name} seed {seed}: {metric} {shown}", flush=True)
+    print(f"{granularity} {scope} {name} seed {seed}: {metric} {shown}", flush=True)
     jax.clear_caches()
-    return rows
+    return rows, facts
 
 
-def report_on(flags: Flags, folder: Path, rows: list[Any], dense: Any) -> None:
-    """Print a table, and write figures, a CSV file and report.html."""
-    from jaxprune import figures, report, results
+def _masked(params: Any, masks: Any) -> Any:
+    """Return dense parameters under masks."""
+    import jax
 
-    drawn = {}
-    tables = [table_of(rows, dense.metrics, granularity) for granularity in flags.granularities]
-    print("\n" + "\n\n".join(map(results.text, tables)))
-    note = figures.describe({"dataset": flags.dataset, "network": flags.network})
-    for granularity in flags.granularities:
-        name, fig = (
-            f"one-shot-{granularity}",
-            figures.k_sparsity(rows, dense.metrics, granularity, note=note),
-        )
-        drawn |= {name: fig} if fig is not None else {}
-    figures.save_figures(drawn, folder / "figures")
-    results.write_csv(folder / "results.csv", rows)
-    words = ", ".join(
-        f"{field.name} {getattr(flags, field.name)}" for field in dataclasses.fields(flags)
-    )
-    report.write_html(
-        "One-shot pruning", [report.Section("Results", (words,), tables, drawn)],
-        folder / "report.html",
-    )  # fmt: skip
-    print(f"report.html, results.csv and figures are in {folder}")
+    from jaxprune.masks import apply_masks
+
+    return jax.vmap(apply_masks, (None, 0))(params, masks)
 
 
-def table_of(rows: list[Any], metrics: Any, granularity: str) -> Any:
-    """Return a line a method and a column a level: the first metric, and seconds."""
-    from jaxprune import results
+class Peak:
+    """Measures how much memory the process takes at most, beyond what it had; Linux only."""
 
-    metric = results.drawn_metrics(metrics)[0]
-    own = [row for row in rows if row.granularity == granularity]
-    levels = sorted({row.target_sparsity for row in own})
-    scale, lines = (100 if metric.unit == "%" else 1), []
-    for name in dict.fromkeys(row.criterion for row in own):
-        here = [row for row in own if row.criterion == name]
-        cells = []
-        for level in levels:
-            values = [
-                scale * row.metrics[metric.name] for row in here if row.target_sparsity == level
-            ]
-            mean, half = results.mean_interval(values)
-            cells.append(f"{mean:.1f}" if half is None else f"{mean:.1f} ± {half:.1f}")
-        seeds = len({row.seed for row in here})
-        seconds = sum(row.mask_seconds for row in here) / seeds
-        lines.append([name, *cells, f"{seconds:.1f}"])
-    columns = [("", "method"), *(("", f"{100 * level:g}%") for level in levels), ("", "seconds")]
-    title = f"{granularity}: {metric.label}, {metric.unit}; mean ± 95% interval over seeds"
-    return results.Table(title, columns, lines)
+    def __enter__(self) -> "Peak":
+        """Begin, in a thread that looks every 20 ms."""
+        self._first, self._most, self._stop = self._now(), 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """End."""
+        self._stop.set()
+        self._thread.join()
+
+    @property
+    def bytes(self) -> int | None:
+        """What was measured; None where it cannot be."""
+        return None if self._first is None else max(self._most - self._first, 0)
+
+    def _watch(self) -> None:
+        while not self._stop.is_set():
+            self._most = max(self._most, self._now() or 0)
+            time.sleep(0.02)
+
+    def _now(self) -> int | None:
+        try:
+            line = Path("/proc/self/statm").read_text()
+        except OSError:
+            return None
+        return int(line.split()[1]) * 4096
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import math
 import operator
+import re
 import urllib.parse
 from collections import Counter
 from decimal import Decimal
@@ -21,10 +22,11 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 LEVELS = (0.0, 25.0, 50.0, 60.0, 70.0, 80.0, 90.0, 95.0, 97.0, 99.0)
 GRANULARITIES = ("weight", "unit")
-SCOPES = ("layer", "global")
+SCOPES = ("layer", "global", "erk", "owl", "by_loss")
 PROTOCOLS = ("one_shot", "trained")
 _LEAST = {**dict.fromkeys(("seeds", "epochs", "batch_size", "score_batch", "levels_at_once"), 1),
           "recalibrate": 0}  # fmt: skip
+_GRANULARITY = re.compile(r"weight|unit|row|block[1-9]\d*x[1-9]\d*|([1-9]\d*):([1-9]\d*)")
 _SLUG = 150  # characters; most file systems take names of up to 255 bytes
 
 
@@ -72,10 +74,10 @@ class Study:
     """What a weight is worth: a name of `criteria.CRITERIA`, or module:function of your own."""
 
     granularities: tuple[str, ...] = GRANULARITIES
-    """What is pruned as one: single weights, or whole units with all that belongs to them."""
+    """What is pruned as one: weight, unit with all that belongs to it, row, block4x4, 2:4."""
 
     scopes: tuple[str, ...] = ("layer",)
-    """What competes: the weights or units of a layer, or all of the network (global)."""
+    """How a sparsity is shared out: each layer alike, global, erk, owl, by_loss, my_module:mine."""
 
     protocols: tuple[str, ...] = PROTOCOLS
     """one_shot: pruned after training. trained: pruned during training, then trained masked."""
@@ -108,9 +110,14 @@ class Study:
         check_levels(self.levels)
         if not self.criteria:
             raise ValueError("criteria must name at least one, got none")
-        check_choices("granularities", self.granularities, GRANULARITIES)
-        check_choices("scopes", self.scopes, SCOPES)
         check_choices("protocols", self.protocols, PROTOCOLS)
+        check_granularities(self)
+        named = tuple(scope for scope in self.scopes if ":" not in scope)
+        if named or not self.scopes:
+            check_choices("scopes", named, (*SCOPES, "module:function"))
+        asking = [scope for scope in self.scopes if scope in ("owl", "by_loss")]
+        if asking and "trained" in self.protocols:
+            raise ValueError(f"scope {asking[0]} looks at a trained network: protocols one_shot")
         for name, least in _LEAST.items():
             if name != "levels_at_once" or self.levels_at_once is not None:
                 check_at_least(least, **{name: (value := getattr(self, name))})
@@ -224,6 +231,25 @@ def check_levels(levels: tuple[float, ...]) -> None:
         raise ValueError(
             f"levels are in percent: for {max(levels):g} as a fraction give {max(levels) * 100:g}"
         )
+
+
+def check_granularities(study: Study) -> None:
+    """Raise ValueError where granularities are unknown, or n:m does not fit the rest of a study."""
+    names = ("weight", "unit", "row", "block4x4", "2:4")
+    fits = [_GRANULARITY.fullmatch(name) for name in study.granularities]
+    known = tuple(g for g, fit in zip(study.granularities, fits, strict=True) if fit)
+    check_choices("granularities", study.granularities, (*dict.fromkeys((*known, *names)),))
+    for name, fit in zip(study.granularities, fits, strict=True):
+        if fit is None or fit[1] is None:
+            continue
+        n, m = int(fit[1]), int(fit[2])
+        if n >= m:
+            raise ValueError(f"granularity n:m keeps n of m, with n < m, got {name}")
+        level = 100 * (m - n) / m
+        if not set(study.levels) <= {0.0, level} or "trained" in study.protocols:
+            raise ValueError(
+                f"granularity {name} has the levels 0 and {level:g}, and the protocol one_shot"
+            )
 
 
 def sparsity_of_level(level: float) -> Fraction:

@@ -47,8 +47,8 @@ def masks_at(
         axis first if the counts have one.
 
     Raises:
-        ValueError: trees or shapes that differ, counts out of range, scores that are NaN or
-            infinite (where concrete), or a granularity whose pieces compete in windows.
+        ValueError: trees or shapes that differ, counts out of range or (where concrete) not those
+            of a granularity of windows, or scores that are NaN or infinite (where concrete).
         TypeError: a selected leaf that is not of real floating point numbers, or counts that are
             not integers.
 
@@ -79,17 +79,13 @@ def keep_pieces(
         granularity: whose pieces they are.
         alive: a tree like the pieces, not zero where something is left; all others go first.
     """
-    if granularity.within is not None:
-        raise ValueError(
-            f"granularity {granularity.name!r} has pieces that compete in windows of "
-            f"{granularity.within}, which no selection does yet"
-        )
     structure = jax.tree.structure(pieces)
     left = [None] * structure.num_leaves if alive is None else jax.tree.leaves(alive)
     left = [None if leaf is None else leaf.astype(bool) for leaf in left]
     if jax.tree.structure(counts) == structure:
-        kept = _keep_by_leaf(trees.paths_and_leaves(pieces), jax.tree.leaves(counts), left)
-    elif jax.tree.structure(counts) == jax.tree.structure(0):
+        listed = trees.paths_and_leaves(pieces)
+        kept = _keep_by_leaf(listed, jax.tree.leaves(counts), left, granularity.within)
+    elif jax.tree.structure(counts) == jax.tree.structure(0) and granularity.within is None:
         kept = _keep_globally(jax.tree.leaves(pieces), counts, left)
     else:
         raise ValueError(
@@ -256,7 +252,10 @@ def _where_scored(mask: Array, score: Any) -> Array:
 
 
 def _keep_by_leaf(
-    pieces: list[tuple[str, Array]], counts: list[Any], alive: list[Any]
+    pieces: list[tuple[str, Array]],
+    counts: list[Any],
+    alive: list[Any],
+    within: tuple[int, int] | None,
 ) -> list[Array]:
     for (path, x), count in zip(pieces, counts, strict=True):
         _check_count(f"counts of leaf {path!r}", count, x.size)
@@ -265,7 +264,28 @@ def _keep_by_leaf(
                 f"counts of leaf {path!r} have shape {np.shape(count)}, those of {pieces[0][0]!r} "
                 f"{np.shape(counts[0])}: all need the same levels"
             )
-    return [_keep(x, *of) for (_, x), *of in zip(pieces, counts, alive, strict=True)]
+    if within is None:
+        return [_keep(x, *of) for (_, x), *of in zip(pieces, counts, alive, strict=True)]
+    for (path, x), count in zip(pieces, counts, strict=True):
+        pruned = x.size // within[1] * (within[1] - within[0])
+        if not isinstance(count, Tracer) and not np.isin(count, (0, pruned)).all():
+            raise ValueError(
+                f"counts of leaf {path!r} must be 0 or {pruned}, for {within[0]} of every "
+                f"{within[1]}, got {np.asarray(count).tolist()}"
+            )
+    kept = [_keep_in_windows(x, a, *within) for (_, x), a in zip(pieces, alive, strict=True)]
+    return [
+        keep | jnp.expand_dims(jnp.asarray(count) == 0, -1)
+        for keep, count in zip(kept, counts, strict=True)
+    ]
+
+
+def _keep_in_windows(pieces: Array, alive: Array | None, n: int, m: int) -> Array:
+    """Keep the n largest of every m pieces, of equal ones the last; those not alive go first."""
+    if alive is not None:
+        pieces = jnp.where(alive, pieces, -jnp.inf)
+    ranks = jnp.argsort(jnp.argsort(pieces.reshape(-1, m), axis=1, stable=True), axis=1)
+    return (ranks >= m - n).ravel()
 
 
 def _keep_globally(pieces: list[Array], counts: Any, alive: list[Any]) -> list[Array]:

@@ -163,11 +163,13 @@ class Correction(NamedTuple):
             `counts` as `distribution.counts` gives them, with a levels axis; `batches` is a
             sequence of `Batch`, each as large as the others; what it returns has a levels axis.
             Called outside of `jit`.
+        scores: as of a criterion, what decides within a layer; None where nothing does beforehand.
     """
 
     name: str
     settings: dict[str, Any]
     prune: Callable[..., tuple[Params, Masks]]
+    scores: Callable[[Params, Problem, Batch], Scores] | None = None
 
 
 class Granularity(NamedTuple):
@@ -179,11 +181,11 @@ class Granularity(NamedTuple):
             traceable. What is not prunable has no pieces: an empty array, or no leaf.
         cost: `cost(params) -> pieces`, the weights of each piece, NumPy integers; reads shapes.
         spread: `spread(kept, params) -> masks`: kept pieces, bool (*levels, pieces), as masks.
-        within: so many consecutive pieces compete among themselves; None: all of a leaf.
+        within: (n, m): of every m consecutive pieces n stay, or all; None: all of a leaf compete.
     """
 
     name: str
     rank: Callable[[Scores], Pieces]
     cost: Callable[[Params], Pieces]
     spread: Callable[[Pieces, Params], Masks]
-    within: int | None = None
+    within: tuple[int, int] | None = None

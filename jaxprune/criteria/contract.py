@@ -78,6 +78,8 @@ def problem(network: Network, task: Task, state: State) -> Problem:
         return network.apply(params, state, x)
 
     def losses(params: Params, batch: Batch) -> Array:
+        if batch.y is None:
+            raise ValueError("the criterion asks for losses, and the batch has no targets")
         each, weights = task.loss(apply(params, batch.x), batch.y)
         return each * (each.size / jnp.sum(weights)).astype(each.dtype)
 

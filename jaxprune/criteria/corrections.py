@@ -63,32 +63,28 @@ def by_scores(
     def prune(
         params: Params, problem: Problem, counts: Counts, batches: Sequence[Batch]
     ) -> tuple[Params, Masks]:
-        batch = _joined(batches)
-        sizes = jax.tree.map(lambda leaf: leaf.size, granularity.cost(params))
-        if jax.tree.structure(counts) == jax.tree.structure(0):
-            sizes = sum(jax.tree.leaves(sizes))
+        batch, sizes = joined(batches), sizes_of(params, granularity, counts)
 
         @jax.jit
-        def first(params: Params, counts: Counts) -> Masks:
+        def first(params: Params, batch: Batch, counts: Counts) -> Masks:
             scores = criterion.scores(params, problem, batch)
             return masks_at(scores, counts, granularity=granularity)
 
         @jax.jit
-        def again(params: Params, masks: Masks, counts: Counts) -> Masks:
+        def again(params: Params, batch: Batch, masks: Masks, counts: Counts) -> Masks:
             scores = criterion.scores(apply_masks(params, masks), problem, batch)
             return masks_at(scores, counts, granularity=granularity, within=masks)
 
-        found = first(params, _on_the_way(counts, sizes, 1, steps))
-        levels = trees.unstack(found)
+        levels = trees.unstack(first(params, batch, on_the_way(counts, sizes, 1, steps)))
         for step in range(2, steps + 1):
-            each = trees.unstack(_on_the_way(counts, sizes, step, steps))
-            levels = [again(params, *of) for of in zip(levels, each, strict=True)]
+            each = trees.unstack(on_the_way(counts, sizes, step, steps))
+            levels = [again(params, batch, *of) for of in zip(levels, each, strict=True)]
         masks = trees.stack(levels)
         return jax.vmap(apply_masks, (None, 0))(params, masks), masks
 
     settings = {"steps": steps} if steps > 1 else {}
     name = f"{criterion.name}(steps={steps})" if steps > 1 else criterion.name
-    return Correction(name, {**criterion.settings, **settings}, prune)
+    return Correction(name, {**criterion.settings, **settings}, prune, criterion.scores)
 
 
 def refit(method: Correction, *, damping: float = 0.01) -> Correction:
@@ -129,7 +125,8 @@ def refit(method: Correction, *, damping: float = 0.01) -> Correction:
         found, _ = layer_by_layer(problem.apply, params, inputs, masks, one)
         return jax.vmap(apply_masks)(found, masks), masks
 
-    return Correction(f"{method.name}+refit", {**method.settings, "refit_damping": damping}, prune)
+    settings = {**method.settings, "refit_damping": damping}
+    return Correction(f"{method.name}+refit", settings, prune, method.scores)
 
 
 def obs(*, damping: float = 0.01, block: int = 128, n_m: NM = None) -> Correction:
@@ -211,7 +208,7 @@ def _layerwise(
     if n_m is not None:
         if not 0 < n_m[0] < n_m[1]:
             raise ValueError(f"n_m must be n of m, with 0 < n < m, got {n_m[0]}:{n_m[1]}")
-        name, settings = f"{name} {n_m[0]}:{n_m[1]}", {**settings, "n_m": list(n_m)}
+        settings = {**settings, "n_m": list(n_m)}
 
     def prune(
         params: Params, problem: Problem, counts: Counts, batches: Sequence[Batch]
@@ -278,8 +275,14 @@ def _counted(pruned: dict[str, np.ndarray]) -> Granularity:
     return weight(lambda path, leaf: bool(np.any(pruned[path])))
 
 
-def _joined(batches: Sequence[Batch]) -> Batch:
-    """Return all batches as one."""
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Return all batches as one.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not batches:
+        raise ValueError("a method that looks at examples needs at least one batch, got none")
     if len(batches) == 1:
         return batches[0]
     x, y = (
@@ -289,7 +292,14 @@ def _joined(batches: Sequence[Batch]) -> Batch:
     return Batch(x, y, batches[0].key)
 
 
-def _on_the_way(counts: Counts, sizes: Any, step: int, steps: int) -> Counts:
+def sizes_of(params: Params, granularity: Granularity, counts: Counts) -> Any:
+    """Return of how many pieces counts are: a number a leaf, or one for all."""
+    sizes = jax.tree.map(lambda leaf: leaf.size, granularity.cost(params))
+    together = jax.tree.structure(counts) == jax.tree.structure(0)
+    return sum(jax.tree.leaves(sizes)) if together else sizes
+
+
+def on_the_way(counts: Counts, sizes: Any, step: int, steps: int) -> Counts:
     """Return the counts of a step: the share left goes down by the same factor each time."""
 
     def one(count: Any, size: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Criteria that look at derivatives of the loss on a batch."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -120,25 +121,51 @@ def fisher(params: Params, problem: Problem, batch: Batch, at_once: int = 8) -> 
         2018, with this one.
     """
     check_gradients("fisher", params)
+
+    def squares(gradients: Params) -> Params:
+        return jax.tree.map(lambda g: jnp.sum(jnp.square(g), axis=0), gradients)
+
+    total = over_examples(params, problem, batch, squares, at_once)
+    return jax.tree.map(lambda w, f: jnp.square(jnp.asarray(w, f.dtype)) * f / 2, params, total)
+
+
+def over_examples(
+    params: Params,
+    problem: Problem,
+    batch: Batch,
+    reduce: Callable[[Params], Any],
+    at_once: int,
+) -> Any:
+    """Return the mean over examples of what is made of their gradients.
+
+    Args:
+        params: any tree of floating point arrays.
+        problem: gives the losses.
+        batch: the examples.
+        reduce: of gradients, each (at_once, *shape), any tree of sums over the first axis; those of
+            padding are zero.
+        at_once: examples whose gradients are held side by side.
+    """
     examples = jax.tree.map(jnp.asarray, (batch.x, batch.y))
     n = jax.tree.leaves(batch.x)[0].shape[0]
     chunks = -(-n // at_once)
     index = jnp.arange(chunks * at_once).reshape(chunks, at_once)
 
-    def squares(i: Array) -> Any:
+    def gradient(i: Array) -> Params:
         x, y = jax.tree.map(lambda a: a[i][None], examples)
         found = _gradient(params, problem, Batch(x, y, jax.random.fold_in(batch.key, i)))
-        return jax.tree.map(lambda g: jnp.where(i < n, jnp.square(_wide(g)), 0), found)
+        return jax.tree.map(lambda g: jnp.where(i < n, _wide(g), 0), found)
+
+    def some(chosen: Array) -> Any:
+        return reduce(jax.vmap(gradient)(chosen))
 
     def add(total: Any, chosen: Array) -> tuple[Any, None]:
-        each = jax.vmap(squares)(chosen)
-        return jax.tree.map(lambda a, b: a + jnp.sum(b, 0), total, each), None
+        return jax.tree.map(jnp.add, total, some(chosen)), None
 
-    zeros = jax.tree.map(lambda w: jnp.zeros(jnp.shape(w), _wide(w).dtype), params)
+    shapes = jax.eval_shape(some, index[0])
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     total, _ = jax.lax.scan(add, zeros, index)
-    return jax.tree.map(
-        lambda w, f: jnp.square(jnp.asarray(w, f.dtype)) * f / (2 * n), params, total
-    )
+    return jax.tree.map(lambda sums: sums / n, total)
 
 
 def check_gradients(name: str, params: Params) -> None:

@@ -3,7 +3,6 @@
 Any `apply(params, x)` comes in with batches of inputs; `solvers` say what becomes of a layer.
 """
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -12,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import trees
+from jaxprune import arrays, trees
 from jaxprune.structure.flat import Flat
 from jaxprune.structure.inputs import input_rows
 from jaxprune.structure.layers import Layer, layer_of
 from jaxprune.structure.sources import Product
 from jaxprune.types import Apply, Array, Masks, Params
+
+_MOST_INPUTS = 20_000  # of a layer
 
 
 class LeastSquares(NamedTuple):
@@ -82,12 +83,16 @@ def layer_by_layer(
     Returns:
         Parameters and masks with a leading levels axis; the masks given, where nothing was solved.
     """
+    if not batches:
+        raise ValueError("layers are fitted to the inputs of batches, and there are none")
     flat = Flat.of(apply, params, batches[0])
     paths = trees.paths_and_leaves(params)
     dense = [jnp.asarray(leaf) for _, leaf in paths]
     given = [jax.tree.leaves(each) for each in trees.unstack(masks)]
     levels, sites = len(given), _sites(flat, paths)
     sites = [_with_bias(site, given) for site in sites]
+    for site in sites:
+        _check_size(site, dense[site.number])
     solved_for = {site.number for site in sites}
     leaves = [
         [w if i in solved_for or mask[i].all() else jnp.where(mask[i], w, jnp.zeros_like(w))
@@ -116,6 +121,11 @@ def layer_by_layer(
             if solved is None:
                 continue
             values, kept = solved
+            if not jnp.isfinite(values).all():
+                raise ValueError(
+                    f"layer {site.layer.path!r}: its inputs are not finite, or their second "
+                    "moments are not positive definite with this damping: give more"
+                )
             shape = dense[site.number].shape
             if site.bias is not None:
                 leaves[level][site.bias] = values[0, -1].astype(dense[site.bias].dtype)
@@ -128,6 +138,16 @@ def layer_by_layer(
         trees.stack([jax.tree.unflatten(tree, each) for each in leaves]),
         trees.stack([jax.tree.unflatten(tree, each) for each in given]),
     )
+
+
+def _check_size(site: Site, leaf: Array) -> None:
+    inputs = to_matrix(leaf, site.layer).shape[1]
+    if inputs > _MOST_INPUTS:
+        raise ValueError(
+            f"layer {site.layer.path!r} has {inputs:,} inputs, of which each second moment is a "
+            f"matrix of {4e-9 * inputs**2:.0f} GB: leave it out by `prunable`, or use fisher_obs, "
+            "which needs blocks only"
+        )
 
 
 def _with_bias(site: Site, masks: list[list[Array]]) -> Site:
@@ -238,31 +258,61 @@ def _gram(x: Array, y: Array) -> Array:
     return jnp.einsum("bri,brj->bij", x, y, precision=jax.lax.Precision.HIGHEST)
 
 
-def _axes(layer: Layer) -> tuple[int, ...]:
-    return (*layer.batched, *layer.contracted)
+def layer_errors(
+    apply: Apply, params: Params, pruned: Params, batches: Sequence[Any]
+) -> dict[str, list[float]]:
+    r"""Return how far networks' layers are from the dense network's, by the path of the weights.
+
+    Args:
+        apply: any function of parameters and inputs that JAX can trace.
+        params: of the dense network.
+        pruned: of the others, with a leading levels axis.
+        batches: inputs, all of one shape.
+
+    Returns:
+        Of each level $\|Y - Y_d\|^2 / \|Y_d\|^2$ of the outputs of every product with weights
+        that `obs` would correct, each network running on its own.
+
+    Example:
+        >>> x, double = jnp.ones((3, 2)), jnp.array([[2.0], [2.0]])
+        >>> layer_errors(lambda p, x: x @ p["w"], {"w": double}, {"w": double[None] / 2}, [x])
+        {'w': [0.25]}
+    """
+    flat = Flat.of(apply, params, batches[0])
+    sites = _sites(flat, trees.paths_and_leaves(params))
+    eqns = flat.closed.jaxpr.eqns
+    wanted = [eqns[i].outvars[0] for site in sites for i in site.products]
+    paths = [site.layer.path for site in sites for _ in site.products]
+    given, run = flat.piece(0, wanted)
+
+    @jax.jit
+    def squares(dense: Any, other: Any, values: Any) -> Array:
+        pairs = zip(run(dense, values), run(other, values), strict=True)
+        return jnp.array([(jnp.sum((a - b) ** 2), jnp.sum(a**2)) for a, b in pairs])
+
+    found: dict[str, list[float]] = {path: [] for path in paths}
+    dense = jax.tree.leaves(params)
+    for other in map(jax.tree.leaves, trees.unstack(pruned)):
+        total = np.zeros((len(paths), 2))
+        for x in batches:
+            inputs = flat.inputs(x)
+            total += np.asarray(squares(dense, other, [inputs[v] for v in given]))
+        for path in found:
+            errors, sizes = total[[i for i, each in enumerate(paths) if each == path]].sum(0)
+            found[path].append(float(errors / sizes) if sizes else 0.0)
+    return found
 
 
 def to_matrix(leaf: Array, layer: Layer) -> Array:
-    """Return a leaf as (batched, inputs, outputs)."""
-    axes = _axes(layer)
-    sizes = [leaf.shape[i] for i in axes]
-    batched, inputs = (math.prod(part) for part in _split(sizes, layer))
-    moved = jnp.moveaxis(leaf, axes, range(len(axes)))
+    """Return a leaf as (batched, inputs, outputs); groups of a convolution are batched."""
+    matrix = arrays.to_matrix(leaf, (layer.batched, layer.contracted))
     if layer.groups > 1:
-        return jnp.moveaxis(moved.reshape(inputs, layer.groups, -1), 1, 0)
-    return moved.reshape(batched, inputs, -1)
+        return jnp.moveaxis(matrix[0].reshape(matrix.shape[1], layer.groups, -1), 1, 0)
+    return matrix
 
 
 def _leaf(matrix: Array, layer: Layer, shape: tuple[int, ...]) -> Array:
     """Return the inverse of `to_matrix`."""
-    axes = _axes(layer)
-    others = [n for i, n in enumerate(shape) if i not in axes]
     if layer.groups > 1:
-        matrix = jnp.moveaxis(matrix, 0, 1)
-    moved = matrix.reshape(*(shape[i] for i in axes), *others)
-    return jnp.moveaxis(moved, range(len(axes)), axes)
-
-
-def _split(sizes: Sequence[int], layer: Layer) -> tuple[Sequence[int], Sequence[int]]:
-    n = len(layer.batched)
-    return sizes[:n], sizes[n:]
+        matrix = jnp.moveaxis(matrix, 0, 1).reshape(1, matrix.shape[1], -1)
+    return arrays.from_matrix(matrix, shape, (layer.batched, layer.contracted))

@@ -28,6 +28,22 @@ def magnitude(params: Params) -> Scores:
     return jax.tree.map(lambda w: jnp.abs(w) if is_kind(w, jnp.number) else w, params)
 
 
+def l1(params: Params) -> Scores:
+    r"""Score units by the L1 norm of their weights, $s = \sqrt{|w|}$.
+
+    The score of what is pruned as one is the L2 norm of these, $\sqrt{\sum |w|}$. Single weights
+    have the order of `magnitude`.
+
+    Example:
+        >>> jp.unit().rank(l1({"kernel": jnp.array([[4.0], [-5.0]])}))["kernel"].tolist()
+        [3.0]
+
+    Reference:
+        Li, Kadav, Durdanovic, Samet, Graf. Pruning Filters for Efficient ConvNets. ICLR 2017.
+    """
+    return jax.tree.map(lambda w: jnp.sqrt(jnp.abs(w)) if is_kind(w, jnp.floating) else w, params)
+
+
 def random(params: Params, problem: Problem | None, batch: Batch) -> Scores:
     """Score every weight by a number drawn uniformly from [0, 1), the baseline of every criterion.
 

@@ -1,6 +1,8 @@
 """Which units of a group are needed, by what the layers that take them in can do without them."""
 
-from collections.abc import Sequence
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -8,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import trees
+from jaxprune.criteria.corrections import joined
+from jaxprune.criteria.gradients import check_gradients, over_examples
 from jaxprune.criteria.layerwise import to_matrix
 from jaxprune.masks import apply_masks, keep_pieces
 from jaxprune.structure import layer_inputs
@@ -48,7 +52,7 @@ def reconstruction(
 
     Returns:
         A method; of a group that no matrix product takes in, units are ranked by the norm of their
-        weights.
+        weights, with a warning.
 
     Raises:
         ValueError: when made: damping or steps that are not positive.
@@ -61,23 +65,115 @@ def reconstruction(
     for name, value in (("damping", damping), ("steps", steps)):
         if not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
+
+    def ranks(params: Params, problem: Problem, batches: Sequence[Batch]) -> dict[str, Array]:
+        found = layer_inputs(problem.apply, params, [b.x for b in batches], _moments)
+        consumers = _consumers(graph, params, found)
+        return {
+            name: _order(graph[name].size, [_Consumer(*of, damping) for of in each], steps)
+            for name, each in consumers.items()
+        }
+
+    settings = {"damping": damping, "steps": steps}
+    return _by_group("reconstruction", settings, graph, granularity, ranks)
+
+
+def activation(graph: Graph, *, granularity: Granularity | None = None) -> Correction:
+    r"""Prune the units whose values are smallest, by their root mean square.
+
+    Arguments and what becomes of groups that no product takes in are as of `reconstruction`.
+
+    Reference:
+        Molchanov, Tyree, Karras, Aila, Kautz. Pruning Convolutional Neural Networks for Resource
+        Efficient Inference. ICLR 2017, by the mean of the values, which ReLU leaves positive.
+    """
+
+    def ranks(params: Params, problem: Problem, batches: Sequence[Batch]) -> dict[str, Array]:
+        found = layer_inputs(problem.apply, params, [b.x for b in batches], _squares)
+        return {
+            name: jnp.asarray(np.sqrt(sum(squares[rows].sum(1) for squares, _, rows in each)))
+            for name, each in _consumers(graph, params, found).items()
+        }
+
+    return _by_group("activation", {}, graph, granularity, ranks)
+
+
+def taylor2(
+    graph: Graph, *, granularity: Granularity | None = None, at_once: int = 8
+) -> Correction:
+    r"""Prune the units without which the loss should rise least, to second order.
+
+    $s_u = \frac12 \operatorname{mean}_n (\sum_{i \in u} w_i g_{ni})^2$, over the gradients of
+    single examples and the weights that enter the unit: what the empirical Fisher information says
+    of the unit as a whole.
+
+    Args:
+        graph: what `dependency_graph` returns, whose groups the counts are of.
+        granularity: what the counts are of; by default `structure.group(graph)`.
+        at_once: examples whose gradients are held side by side.
+
+    Reference:
+        Theis, Korshunova, Tejani, Huszar. Faster gaze prediction with dense networks and Fisher
+        pruning. 2018; Molchanov, Mallya, Tyree, Frosio, Kautz. Importance Estimation for Neural
+        Network Pruning. CVPR 2019.
+    """
+
+    def ranks(params: Params, problem: Problem, batches: Sequence[Batch]) -> dict[str, Array]:
+        check_gradients("taylor2", params)
+
+        def squares(gradients: Params) -> dict[str, Array]:
+            shares = jax.tree.map(lambda w, g: w.astype(g.dtype) * g, params, gradients)
+            leaves = dict(trees.paths_and_leaves(shares))
+            return {each.name: _unit_sums(each, leaves) for each in graph.groups if each.prunable}
+
+        return jax.jit(
+            lambda batch: jax.tree.map(
+                lambda sums: sums / 2, over_examples(params, problem, batch, squares, at_once)
+            )
+        )(joined(batches))
+
+    return _by_group("taylor2", {}, graph, granularity, ranks)
+
+
+def _by_group(
+    name: str,
+    settings: dict[str, Any],
+    graph: Graph,
+    granularity: Granularity | None,
+    ranks: Callable[[Params, Problem, Sequence[Batch]], dict[str, Array]],
+) -> Correction:
+    """Return the method that prunes the units of the lowest ranks, and corrects nothing."""
     granularity = granularity or group(graph)
 
     def prune(
         params: Params, problem: Problem, counts: Counts, batches: Sequence[Batch]
     ) -> tuple[Params, Masks]:
-        found = layer_inputs(problem.apply, params, [b.x for b in batches], _moments)
-        layers = {layer.path: (layer, moments) for layer, moments in found.items()}
-        leaves = dict(trees.paths_and_leaves(params))
-        groups = {each.name: each for each in graph.groups}
-        ranks = type(counts)(
-            (name, _ranks(groups[name], norms, leaves, layers, damping, steps))
-            for name, norms in granularity.rank(params).items()
-        )
-        masks = granularity.spread(keep_pieces(ranks, counts, granularity), params)
+        found, norms = ranks(params, problem, batches), granularity.rank(params)
+        others = [each for each in norms if each not in found]
+        if others:
+            warnings.warn(
+                f"{name}: ranked by the norm of their weights, as no product with weights takes "
+                f"them in alone: {', '.join(others)}",
+                stacklevel=2,
+            )
+        pieces = OrderedDict((each, found.get(each, norm)) for each, norm in norms.items())
+        masks = granularity.spread(keep_pieces(pieces, counts, granularity), params)
         return jax.vmap(apply_masks, (None, 0))(params, masks), masks
 
-    return Correction("reconstruction", {"damping": damping, "steps": steps}, prune)
+    return Correction(name, settings, prune)
+
+
+def _unit_sums(group: Group, shares: dict[str, Array]) -> Array:
+    """Return the sum over examples of the square of each unit's share, of (examples, *shape)."""
+    total = jnp.zeros(())
+    for member in group.members:
+        if "produces" in member.role:
+            share = jnp.moveaxis(shares[member.path], member.axis + 1, 1)
+            along = jnp.sum(share.reshape(*share.shape[:2], -1), axis=2)
+            units = jnp.where(member.index < 0, group.size, member.index)
+            sums = jnp.zeros((len(along), group.size + 1), along.dtype)
+            total = total + sums.at[:, units].add(along)[:, : group.size]
+    return jnp.sum(total**2, axis=0)
 
 
 def _moments(rows: Array) -> tuple[Array, Array]:
@@ -85,34 +181,42 @@ def _moments(rows: Array) -> tuple[Array, Array]:
     return rows.T @ rows, jnp.asarray(rows.shape[0], jnp.float32)
 
 
-def _ranks(
-    group: Group,
-    norms: Array,
-    leaves: dict[str, Any],
-    layers: dict[str, tuple[Layer, Any]],
-    damping: float,
-    steps: int,
-) -> Array:
+def _squares(rows: Array) -> tuple[Array, Array]:
+    rows = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
+    return jnp.sum(rows**2, axis=0), jnp.asarray(rows.shape[0], jnp.float32)
+
+
+_Taken = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Of a layer that takes units in: what is known of its inputs, its weights, and (units, rows)."""
+
+
+def _consumers(graph: Graph, params: Params, found: dict[Layer, Any]) -> dict[str, list[_Taken]]:
+    """Return by group the layers that take its units in, each with means over their rows."""
+    layers = {layer.path: (layer, *of) for layer, of in found.items()}
+    leaves = dict(trees.paths_and_leaves(params))
+    consumers: dict[str, list[_Taken]] = {}
+    for each in graph.groups:
+        for member in each.members:
+            if member.role != "consumes" or member.path not in layers:
+                continue
+            layer, sums, count = layers[member.path]
+            if member.axis not in layer.contracted or layer.batched or layer.groups > 1:
+                continue
+            shape = [np.shape(leaves[member.path])[i] for i in layer.contracted]
+            rows = np.moveaxis(
+                np.arange(np.prod(shape)).reshape(shape), layer.contracted.index(member.axis), 0
+            ).reshape(len(member.index), -1)
+            own = [rows[member.index == unit].ravel() for unit in range(each.size)]
+            if len({len(of) for of in own}) == 1 and len(own[0]):
+                weights = to_matrix(jnp.asarray(leaves[member.path]), layer)[0]
+                taken = np.asarray(sums / count), np.asarray(weights), np.stack(own)
+                consumers.setdefault(each.name, []).append(taken)
+    return consumers
+
+
+def _order(size: int, consumers: Sequence["_Consumer"], steps: int) -> Array:
     """Return when each unit goes, the later the higher; those that stay longest are best."""
-    consumers = []
-    for member in group.members:
-        if member.role != "consumes" or member.path not in layers:
-            continue
-        layer, (moments, count) = layers[member.path]
-        if member.axis not in layer.contracted or layer.batched or layer.groups > 1:
-            continue
-        shape = [np.shape(leaves[member.path])[i] for i in layer.contracted]
-        rows = np.moveaxis(
-            np.arange(np.prod(shape)).reshape(shape), layer.contracted.index(member.axis), 0
-        ).reshape(len(member.index), -1)
-        own = [rows[member.index == unit].ravel() for unit in range(group.size)]
-        if len({len(each) for each in own}) == 1 and len(own[0]):
-            weights = to_matrix(jnp.asarray(leaves[member.path]), layer)[0]
-            each = np.asarray(moments / count), np.asarray(weights), np.stack(own)
-            consumers.append(_Consumer(*each, damping))
-    if not consumers:
-        return norms
-    size, order = group.size, []
+    order: list[Any] = []
     left = np.arange(size)
     for step in range(1, steps + 1):
         goes = len(left) - round(size * (1 - step / steps))

@@ -15,8 +15,8 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxprune import trees
+from jaxprune.arrays import replicated, sharded_like, unit_norms
 from jaxprune.distribution import check_choice, counts
-from jaxprune.granularity import replicated, sharded_like, unit_norms
 from jaxprune.masks import keep_pieces, masks_at
 from jaxprune.structure.graph import Graph, Group, Member
 from jaxprune.types import Array, Granularity, Masks, Params, Pieces, Prunable, Scores

@@ -87,7 +87,8 @@ def _one_shot(
     arm, study, number = stage.arm, setup.study, len(stage.levels)
     assert arm is not None
     ((params, state, _),) = trees.unstack(carry)
-    counts = setup.counts(arm, [sparsity_of_level(level) for level in stage.levels])
+    targets = [sparsity_of_level(level) for level in stage.levels]
+    counts = setup.counts(arm, targets, params, state, batch)
     method, pruned = setup.criteria[arm.criterion], repeat(params, number)
     if isinstance(method, Correction):  # whose programs are compiled in the seconds, too
         of = method, params, state, batch, counts
@@ -97,6 +98,7 @@ def _one_shot(
         (masks, wrong), mask_seconds = clock.time(programs.select, *of)
         check_finite(running, stage, epoch, np.asarray(wrong))
     items, states, seconds = {"masks": masks}, repeat(state, number), 0.0
+    items |= {"params": pruned} if isinstance(method, Correction) else {}
     if study.recalibrate and jax.tree.leaves(state):
         x, (choose, key) = setup.data.train.x, jax.random.split(keys_of(stage.seed).recalibration)
         order = batch_indices(choose, len(x), study.batch_size)[: study.recalibrate]

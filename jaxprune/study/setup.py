@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxprune import criteria, distribution, structure, tasks, trees
+from jaxprune import criteria, distribution, files, structure, tasks, trees
 from jaxprune.config import Arm, Study, sparsity_of_level
+from jaxprune.criteria import allocation
 from jaxprune.data import Data, Split
 from jaxprune.evaluate import check_arrays, check_data
-from jaxprune.granularity import weight
+from jaxprune.granularity import named, weight
 from jaxprune.masks import warn_of_emptied
 from jaxprune.networks import check_state
 from jaxprune.structure import Compaction
@@ -92,6 +93,7 @@ class Setup(NamedTuple):
         data: the splits, on the device.
         criteria: by name, in the order given.
         granularities: by name.
+        scopes: by name, what `distribution.counts` takes.
         prunable: a tree of bools like the parameters.
         scoring: the network as it scores, for `structure`.
         joined: scoring and training; the same where they are one function.
@@ -108,6 +110,7 @@ class Setup(NamedTuple):
     data: Data
     criteria: dict[str, Criterion | Correction]
     granularities: dict[str, Granularity]
+    scopes: dict[str, Any]
     prunable: Any
     scoring: Joined
     joined: Joined
@@ -134,11 +137,25 @@ class Setup(NamedTuple):
         criteria.check_scores(found, params, criterion)
         return found
 
-    def counts(self, arm: Arm, sparsities: Sequence[Any]) -> Counts:
-        """Return the counts of some sparsities, with a levels axis."""
-        granularity = self.granularities[arm.granularity]
+    def counts(self, arm: Arm, sparsities: Sequence[Any], *of: Any) -> Counts:
+        """Return the counts of some sparsities, with a levels axis.
+
+        Args:
+            arm: says granularity and scope, and the scores that a scope may ask for.
+            sparsities: fractions.
+            of: parameters, state and batch, at which scopes may look.
+        """
+        options: dict[str, Any] = {"granularity": self.granularities[arm.granularity],
+                                   "scope": self.scopes[arm.scope]}  # fmt: skip
+        if not of or arm.scope in ("layer", "global", "erk"):
+            return distribution.counts(self.params, sparsities, **options)
+        params, state, batch = of
+        asked = criteria.problem(self.network, self.task, state)
+        decides, scores = self.criteria[arm.criterion].scores, None
+        if decides is not None:
+            scores = jax.jit(lambda params, batch: decides(params, asked, batch))(params, batch)
         return distribution.counts(
-            self.params, sparsities, granularity=granularity, scope=arm.scope
+            params, sparsities, **options, problem=asked, batch=batch, scores=scores
         )
 
     def corrected(
@@ -199,10 +216,14 @@ def make_setup(
         )
     scoring, together = _joined(network, params, state, x)
     prunable = _prunable(network, params, state, x)
-    makers = {
-        "weight": lambda: weight(prunable),
-        "unit": lambda: _units(together, prunable, state),
-    }
+
+    def granularity(name: str) -> Granularity:
+        if name == "unit":
+            return _units(together, prunable, state)
+        if name == "weight":
+            return weight(prunable)
+        return named(name, prunable, _layers(scoring))
+
     setup = Setup(
         study=study,
         network=network,
@@ -210,7 +231,8 @@ def make_setup(
         optimizer=optimizer or optax.adam(1e-3),
         data=jax.tree.map(jnp.asarray, data),
         criteria=dict(zip(names, resolved, strict=True)),
-        granularities={name: makers[name]() for name in study.granularities},
+        granularities={name: granularity(name) for name in study.granularities},
+        scopes={name: _scope(name) for name in study.scopes},
         prunable=prunable,
         scoring=scoring,
         joined=together,
@@ -239,10 +261,33 @@ def _check_arms(setup: Setup) -> None:
             reason = str(error).split("\n")[0]
             raise ValueError(f"criterion {criterion} cannot be traced: {reason}") from error
     targets = [sparsity_of_level(level) for level in setup.study.levels if level]
-    by_counts = {(arm.granularity, arm.scope): arm for arm in setup.arms} if targets else {}
+    for arm in setup.arms:
+        if arm.scope in ("global", "by_loss") and setup.criteria[arm.criterion].scores is None:
+            raise ValueError(
+                f"scope {arm.scope} compares layers by scores, and {arm.criterion} has none "
+                "beforehand: use layer, erk or owl"
+            )
+        if arm.scope == "owl" and arm.granularity == "unit":
+            raise ValueError("scope owl shares weights out among leaves, and units are of several")
+    known = [arm for arm in setup.arms if arm.scope in ("layer", "global", "erk")]
+    by_counts = {(arm.granularity, arm.scope): arm for arm in known} if targets else {}
     for arm in by_counts.values():
         counts = setup.counts(arm, targets)
         warn_of_emptied(setup.params, counts, setup.granularities[arm.granularity])
+
+
+def _scope(name: str) -> Any:
+    """Return what `distribution.counts` takes for the name of a scope."""
+    asking = {"owl": allocation.owl, "by_loss": allocation.by_loss}
+    if name in asking:
+        return asking[name]
+    return files.import_function(name) if ":" in name else name
+
+
+def _layers(scoring: Joined) -> tuple[structure.Layer, ...]:
+    """Return the layers of a network, by the paths that users know."""
+    found = structure.layers(scoring.apply, scoring.abstract, scoring.inputs)
+    return tuple(layer._replace(path=layer.path.removeprefix("params/")) for layer in found)
 
 
 def _scoring(network: Network) -> Callable[[Any, Any], Any]:

@@ -6,6 +6,7 @@ Everything is checked first; `record` finds what is done, and `stages` does the 
 import contextlib
 import dataclasses
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ import jax.numpy as jnp
 import optax
 
 from jaxprune import results, trees
-from jaxprune.config import NotFinite, Study, phases, sparsity_of_level
+from jaxprune.config import Arm, NotFinite, Study, phases, sparsity_of_level
 from jaxprune.data import Data, Split, digest
 from jaxprune.evaluate import make_score
 from jaxprune.identity import Identity, combine, fingerprint
+from jaxprune.masks import apply_masks
 from jaxprune.networks import as_network
 from jaxprune.results import Row
 from jaxprune.study.dense import prune_dense
@@ -29,7 +31,7 @@ from jaxprune.study.record import Record
 from jaxprune.study.setup import Setup, make_setup
 from jaxprune.study.stages import UPDATES_PER_EPOCH, run
 from jaxprune.train import TrainState, check_batch_size, init_state, make_step
-from jaxprune.types import Apply, Correction, Network, Params, State, Task
+from jaxprune.types import Apply, Correction, Masks, Network, Params, State, Task
 
 
 def run_sweep(
@@ -183,6 +185,7 @@ def prune_curve(
     state: State | None = None,
     task: Task | None = None,
     seed: int = 0,
+    keep: Callable[[Arm, Params, Masks], None] | None = None,
 ) -> list[Row]:
     """Prune a network trained elsewhere at every level, by every one-shot arm, and score it.
 
@@ -195,6 +198,8 @@ def prune_curve(
         state: the state of a `Network` that has one.
         task: by default what the targets suggest; see `tasks.default_task`.
         seed: draws the examples that criteria look at, and is the rows'.
+        keep: called with each arm, and the parameters and masks of its levels but 0, which have a
+            leading levels axis.
 
     Returns:
         A `Row` an arm and level, of protocol `one_shot` and epoch 0. Churn is against the network
@@ -222,6 +227,12 @@ def prune_curve(
     params, state = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (params, state))
     batch = setup.batch(keys_of(seed).scoring)
     rows: list[Row] = []
-    prune_dense(running, seed, 0, TrainState(params, state, ()), batch, rows.extend)
+    found = prune_dense(running, seed, 0, TrainState(params, state, ()), batch, rows.extend)
+    for arm, items in found.items.items() if keep is not None else ():
+        assert keep is not None
+        masks = items["masks"]
+        same = jax.tree.map(lambda w, m: jnp.repeat(w, len(m), axis=0), params, masks)
+        own = items.get("params", same)
+        keep(arm, jax.vmap(apply_masks)(own, masks), masks)
     place = {float(sparsity_of_level(level)): i for i, level in enumerate(study.levels)}
     return sorted(rows, key=lambda row: (setup.arms.index(row.arm), place[row.target_sparsity]))

@@ -1,0 +1,127 @@
+"""Tables, figures and the page of one-shot pruning, from its rows and facts."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from jaxprune import files, report, results
+from jaxprune.figures import describe, k_sparsity, save_figures
+from jaxprune.figures.methods import against_seconds, layer_sparsities
+
+DRAWN = 10  # methods in a figure; the best ones, at the middle level
+
+
+def write(flags: Any, folder: Path, rows: list[Any], facts: list[dict], metrics: Any) -> None:
+    """Print a table, and write figures, a CSV file, the facts, and report.html."""
+    settings = {field.name: getattr(flags, field.name) for field in dataclasses.fields(flags)}
+    plain = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items() if v is not None}
+    part = section("Results", plain, rows, facts, metrics)
+    print("\n" + "\n\n".join(map(results.text, part.tables)))
+    save_figures(part.figures, folder / "figures")
+    results.write_csv(folder / "results.csv", rows)
+    named = [metric._asdict() for metric in metrics]
+    files.write(
+        folder / "one_shot.json",
+        json.dumps({"settings": plain, "metrics": named, "facts": facts}) + "\n",
+    )
+    report.write_html("One-shot pruning", [part], folder / "report.html")
+    print(f"report.html, results.csv and figures are in {folder}")
+
+
+def section(
+    heading: str, settings: dict[str, Any], rows: Sequence[Any], facts: list[dict], metrics: Any,
+    prefix: str = "one-shot",
+) -> report.Section:  # fmt: skip
+    """Return the part of a page that tells of a run."""
+    drawn: dict[str, Any] = {}
+    kinds = dict.fromkeys((row.granularity, row.scope) for row in rows)
+    note, metric = describe(settings), results.drawn_metrics(metrics)[0]
+    for granularity in dict.fromkeys(kind for kind, _ in kinds):
+        here = best(rows, granularity, metric)
+        if len({row.target_sparsity for row in here}) > 2:
+            name = granularity.replace(":", "-")
+            drawn[f"{prefix}-{name}"] = k_sparsity(here, metrics, granularity, note=note)
+            drawn[f"{prefix}-{name}-seconds"] = against_seconds(here, metric, note=note)
+    if (fig := layer_sparsities(facts, note=note)) is not None:
+        drawn[f"{prefix}-layers"] = fig
+    tables = [table_of(rows, facts, metric, *kind) for kind in kinds]
+    tables += [table for kind in kinds if (table := errors_of(facts, *kind)) is not None]
+    words = "; ".join(f"{key} {value}" for key, value in settings.items())
+    found = {name: fig for name, fig in drawn.items() if fig is not None}
+    return report.Section(heading, (words,), tables, found)
+
+
+def best(rows: Sequence[Any], granularity: str, metric: Any) -> list[Any]:
+    """Return the rows of the methods to draw."""
+    own = [row for row in rows if row.granularity == granularity]
+    levels = sorted({row.target_sparsity for row in own if row.target_sparsity})
+    if not levels:
+        return own
+    middle = levels[len(levels) // 2]
+
+    def worth(arm: Any) -> float:
+        values = [row.metrics[metric.name] for row in own
+                  if row.arm == arm and row.target_sparsity == middle]  # fmt: skip
+        found = fmean(value for value in values if value is not None)
+        return found if metric.better == "lower" else -found
+
+    arms = sorted(dict.fromkeys(row.arm for row in own), key=worth)[:DRAWN]
+    return [row for row in own if row.arm in arms]
+
+
+def table_of(
+    rows: Sequence[Any], facts: list[dict], metric: Any, granularity: str, scope: str
+) -> results.Table:
+    """Return a line a method and a column a level: the metric, seconds and memory."""
+    own = [row for row in rows if (row.granularity, row.scope) == (granularity, scope)]
+    levels = sorted({row.target_sparsity for row in own})
+    scale, lines = (100 if metric.unit == "%" else 1), []
+    digits = 1 if metric.unit == "%" else 3
+    for name in dict.fromkeys(row.criterion for row in own):
+        here = [row for row in own if row.criterion == name]
+        cells = []
+        for level in levels:
+            values = [row.metrics[metric.name] for row in here if row.target_sparsity == level]
+            known = [scale * value for value in values if value is not None]
+            mean, half = results.mean_interval(known) if known else (float("nan"), None)
+            more = "" if half is None else f" ± {half:.{digits}f}"
+            cells.append(f"{mean:.{digits}f}{more}")
+        seconds = sum(row.mask_seconds for row in here) / len({row.seed for row in here})
+        peaks = [fact["peak_bytes"] for fact in facts
+                 if (fact["granularity"], fact["scope"]) == (granularity, scope)
+                 and fact["seed"] in {row.seed for row in here} and fact.get("name") == name
+                 and fact["peak_bytes"] is not None]  # fmt: skip
+        memory = f"{max(peaks) / 1e9:.1f}" if peaks else "-"
+        lines.append([name, *cells, f"{seconds:.1f}", memory])
+    columns = [("", "method"), *(("", f"{100 * level:g}%") for level in levels),
+               ("", "s, all levels"), ("", "peak GB")]  # fmt: skip
+    unit = f", {metric.unit}" if metric.unit else ""
+    interval = "; mean ± 95% interval over seeds" if len({row.seed for row in own}) > 1 else ""
+    return results.Table(f"{granularity}, {scope}: {metric.label}{unit}{interval}", columns, lines)
+
+
+def errors_of(facts: list[dict], granularity: str, scope: str) -> results.Table | None:
+    """Return the relative errors of layers before and after correction, at the middle level."""
+    own = [fact for fact in facts if (fact["granularity"], fact["scope"]) == (granularity, scope)
+           and fact["error"] != fact["masked_error"]]  # fmt: skip
+    if not own:
+        return None
+    middle = len(own[0]["levels"]) // 2
+    paths, lines = [*own[0]["error"]], []
+    for name in dict.fromkeys(fact["name"] for fact in own):
+        here = [fact for fact in own if fact["name"] == name]
+        cells = [
+            " / ".join(
+                f"{fmean(fact[key][path][middle] for fact in here):.2g}"
+                for key in ("masked_error", "error")
+            )
+            for path in paths
+        ]
+        lines.append([name, *cells])
+    level = own[0]["levels"][middle]
+    title = f"{granularity}, {scope}: squared error of a layer's outputs over their squares at "
+    title += f"{level:g}%, masked / corrected"
+    return results.Table(title, [("", "method"), *(("", path) for path in paths)], lines)
