@@ -106,7 +106,6 @@ def main() -> None:
     try:
         run(flags)
     except (ValueError, TypeError, OSError) as error:
-        if "JP_TB" in __import__("os").environ: raise
         stop(2, str(error))
     except ArithmeticError as error:
         stop(1, str(error))
@@ -203,7 +202,7 @@ def _from_file(path: Path, network: Any) -> Any:
 
 def _given(flags: Flags, network: Any, params: Any, state: Any, x: Any, granularity: str,
            name: str) -> tuple[Any, bool]:  # fmt: skip
-    """Return what a study takes as a criterion for a method, and whether it corrects."""
+    """Return what a study takes as a criterion for a method, and whether layers are fitted."""
     import jaxprune as jp
     from jaxprune import criteria, structure
     from jaxprune import granularity as granularities
@@ -221,17 +220,18 @@ def _given(flags: Flags, network: Any, params: Any, state: Any, x: Any, granular
         pieces = jp.group(graph, chosen)
     else:
         pieces = granularities.named(granularity, chosen, structure.layers(apply, params, x))
-    return criteria.method(name, granularity=pieces, graph=graph), True
+    fitted = "+" in name or name in ("obs", "alps", "reconstruction", "activation")
+    return criteria.method(name, granularity=pieces, graph=graph), fitted
 
 
-def _study(flags: Flags, granularity: str, scope: str, given: Any, corrects: bool) -> Study:
+def _study(flags: Flags, granularity: str, scope: str, given: Any, fitted: bool) -> Study:
     levels = flags.levels
     if ":" in granularity:
         n, m = map(int, granularity.split(":"))
         levels = (0.0, 100 * (m - n) / m)
     return Study(levels=levels, criteria=(given,), granularities=(granularity,), scopes=(scope,),
                  protocols=("one_shot",),
-                 score_batch=flags.images if corrects else flags.score_batch)  # fmt: skip
+                 score_batch=flags.images if fitted else flags.score_batch)  # fmt: skip
 
 
 def _check(flags: Flags, network: Any, loaded: Any) -> None:
@@ -263,8 +263,8 @@ def _pruned(
     from jaxprune.criteria import layer_errors
 
     params, state = dense
-    given, corrects = _given(flags, network, params, state, loaded.train.x[:2], granularity, name)
-    study = _study(flags, granularity, scope, given, corrects)
+    given, fitted = _given(flags, network, params, state, loaded.train.x[:2], granularity, name)
+    study = _study(flags, granularity, scope, given, fitted)
     told = (flags.dataset, flags.network, flags.hidden_sizes, study.levels, flags.epochs,
             flags.learning_rate, study.score_batch, str(flags.checkpoint),
             str(flags.params))  # fmt: skip

@@ -28,7 +28,7 @@ def fisher_obs(
     *,
     granularity: Granularity | None = None,
     block: int = 32,
-    damping: float = 0.1,
+    damping: float = 1.0,
     steps: int = 1,
     at_once: int = 8,
 ) -> Correction:
@@ -120,10 +120,29 @@ def _inverses(
     def inverse(fisher: Array, w: Array) -> Array:
         mean = jnp.sum(jnp.trace(fisher, axis1=1, axis2=2)) / max(w.size, 1)
         scale = damping * jnp.where(mean > 0, mean, 1)
-        return jnp.linalg.inv(fisher + scale * jnp.eye(block, dtype=fisher.dtype))
+        return _inverse(fisher + scale * jnp.eye(block, dtype=fisher.dtype))
 
     found = over_examples(params, problem, batch, products, at_once)
     return jax.tree.map(inverse, found, params)
+
+
+def _inverse(blocks: Array) -> Array:
+    """Return the inverses of small positive definite matrices, (blocks, block, block).
+
+    By elimination, all side by side: XLA on CPUs (jax 0.10) may wait for itself for ever in many
+    small factorisations.
+    """
+    index = jnp.arange(blocks.shape[-1])
+
+    def step(k: Array, found: Array) -> Array:
+        row, column = (jnp.take(found, k, axis=axis) for axis in (1, 2))
+        pivot = jnp.take(row, k, axis=1)[:, None]
+        left = found - column[:, :, None] * (row / pivot)[:, None]
+        left = jnp.where((index == k)[:, None], (row / pivot)[:, None], left)
+        edge = jnp.where(index == k, 1, -column) / pivot
+        return jnp.where(index == k, edge[:, :, None], left)
+
+    return jax.lax.fori_loop(0, blocks.shape[-1], step, blocks)
 
 
 def _worth(params: Params, inverses: Any) -> Scores:
@@ -142,7 +161,7 @@ def _corrected(w: Array, mask: Array, inverse: Array) -> Array:
     goes = ~_blocks(mask[None], block)[0] & (jnp.arange(values.size).reshape(values.shape) < w.size)
     both = goes[:, :, None] & goes[:, None]
     matrix = jnp.where(both, inverse, jnp.eye(block, dtype=inverse.dtype))
-    share = jnp.linalg.solve(matrix, jnp.where(goes, values, 0)[..., None])[..., 0]
+    share = jnp.einsum("bij,bj->bi", _inverse(matrix), jnp.where(goes, values, 0))
     moved = values - jnp.einsum("bij,bj->bi", inverse, jnp.where(goes, share, 0))
     return jnp.where(mask, moved.ravel()[: w.size].reshape(w.shape), 0).astype(w.dtype)
 
