@@ -275,7 +275,7 @@ def _keep_by_leaf(
             )
     kept = [_keep_in_windows(x, a, *within) for (_, x), a in zip(pieces, alive, strict=True)]
     return [
-        keep | jnp.expand_dims(jnp.asarray(count) == 0, -1)
+        jnp.expand_dims(keep, range(np.ndim(count))) | jnp.expand_dims(jnp.asarray(count) == 0, -1)
         for keep, count in zip(kept, counts, strict=True)
     ]
 

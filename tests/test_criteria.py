@@ -314,7 +314,7 @@ def test_resolve(tmp_path, monkeypatch):
     assert criteria.resolve("h5_scores:cubic").settings == {"alpha": 3}
     assert criteria.resolve("h5_scores:made").name == "made"
     for spec, message in [
-        ("magnitud", "one of magnitude, random, .* or module:function, got 'magnitud'"),
+        ("magnitud", "one of magnitude, l1, random, .* or module:function, got 'magnitud'"),
         ("h5_scores:two", r"criterion 'h5_scores:two': .* two requires \(a, b\)"),
         ("h5_scores:three", "three"),
         ("no_such_module:three", "no_such_module"),

@@ -261,7 +261,7 @@ def test_counts_read_shapes_only():
 
 
 def test_bad_scope_and_leaves():
-    with pytest.raises(ValueError, match="scope must be one of layer, global, got 'local'"):
+    with pytest.raises(ValueError, match="scope must be one of layer, global, erk, got 'local'"):
         counts(PARAMS, 0.5, scope="local")
     with pytest.raises(TypeError, match="leaf 'steps' is of int32"):
         counts(PARAMS, 0.5, granularity=weight(everything))

@@ -544,12 +544,6 @@ def test_counts_out_of_range(pruned, name, error, message):
         masks_at(GOOD, pruned, granularity=GRANULARITIES[name])
 
 
-def test_windows_are_refused():
-    windows = weight()._replace(name="n_m", within=4)
-    with pytest.raises(ValueError, match="'n_m' has pieces that compete in windows of 4"):
-        masks_at(GOOD, {"a": 2, "bias": 0}, granularity=windows)
-
-
 def test_traced_sparsity():
     for make in (masks.weight_masks, masks.unit_masks):
         with pytest.raises(TypeError, match="sparsity is traced.*`masks_at`"):

@@ -120,7 +120,7 @@ def _inverses(
     def inverse(fisher: Array, w: Array) -> Array:
         mean = jnp.sum(jnp.trace(fisher, axis1=1, axis2=2)) / max(w.size, 1)
         scale = damping * jnp.where(mean > 0, mean, 1)
-        return _inverse(fisher + scale * jnp.eye(block, dtype=fisher.dtype))
+        return _inverse(fisher + scale * jnp.eye(block, dtype=fisher.dtype)[None])
 
     found = over_examples(params, problem, batch, products, at_once)
     return jax.tree.map(inverse, found, params)
@@ -136,11 +136,11 @@ def _inverse(blocks: Array) -> Array:
 
     def step(k: Array, found: Array) -> Array:
         row, column = (jnp.take(found, k, axis=axis) for axis in (1, 2))
-        pivot = jnp.take(row, k, axis=1)[:, None]
+        here, pivot = (index == k)[None], jnp.take(row, k, axis=1)[:, None]
         left = found - column[:, :, None] * (row / pivot)[:, None]
-        left = jnp.where((index == k)[:, None], (row / pivot)[:, None], left)
-        edge = jnp.where(index == k, 1, -column) / pivot
-        return jnp.where(index == k, edge[:, :, None], left)
+        left = jnp.where(here[:, :, None], (row / pivot)[:, None], left)
+        edge = jnp.where(here, 1, -column) / pivot
+        return jnp.where(here[:, None], edge[:, :, None], left)
 
     return jax.lax.fori_loop(0, blocks.shape[-1], step, blocks)
 
@@ -160,7 +160,7 @@ def _corrected(w: Array, mask: Array, inverse: Array) -> Array:
     values = _blocks(w[None].astype(inverse.dtype), block)[0]
     goes = ~_blocks(mask[None], block)[0] & (jnp.arange(values.size).reshape(values.shape) < w.size)
     both = goes[:, :, None] & goes[:, None]
-    matrix = jnp.where(both, inverse, jnp.eye(block, dtype=inverse.dtype))
+    matrix = jnp.where(both, inverse, jnp.eye(block, dtype=inverse.dtype)[None])
     share = jnp.einsum("bij,bj->bi", _inverse(matrix), jnp.where(goes, values, 0))
     moved = values - jnp.einsum("bij,bj->bi", inverse, jnp.where(goes, share, 0))
     return jnp.where(mask, moved.ravel()[: w.size].reshape(w.shape), 0).astype(w.dtype)

@@ -122,7 +122,7 @@ def taylor2(
         check_gradients("taylor2", params)
 
         def squares(gradients: Params) -> dict[str, Array]:
-            shares = jax.tree.map(lambda w, g: w.astype(g.dtype) * g, params, gradients)
+            shares = jax.tree.map(lambda w, g: jnp.asarray(w, g.dtype)[None] * g, params, gradients)
             leaves = dict(trees.paths_and_leaves(shares))
             return {each.name: _unit_sums(each, leaves) for each in graph.groups if each.prunable}
 
