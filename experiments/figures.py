@@ -4,7 +4,7 @@
 
 RUN is the directory of a run, or a folder with its results.csv and config.json, such as figures/.
 Those two files are written beside the figures, so that they can be redrawn again. RESULTS.md has
-the tables, also of benchmark.json and inference.json where they lie there.
+the tables, also of benchmark.json, inference.json and one_shot/ where they lie there.
 """
 
 import argparse
@@ -27,16 +27,20 @@ def redraw(run_dir: Path, out: Path) -> list[Path]:
     run = results.load_run(run_dir)
     if not run.rows:
         raise ValueError(f"{run_dir} has no rows yet, in rows/ or results.csv")
-    from experiments import results_page
+    from experiments import one_shot_page, results_page
     from jaxprune import figures, report
 
     found = {name: results.read_json(path) for name in ("benchmark", "inference")
              if (path := out / f"{name}.json").exists()}  # fmt: skip
     note = figures.describe(run.config["settings"])
     drawn = figures.draw_figures(run.rows, run.metrics, note=note) | draw_costs(found)
+    compared = one_shot_page.sections(out / "one_shot")
+    for section in compared:
+        drawn |= section.figures
     paths = figures.save_figures(drawn, out)
     page = out / "RESULTS.md"
-    report.write_markdown("Results", results_page.sections(run, found, drawn), page)
+    sections = [*results_page.sections(run, found, drawn), *compared]
+    report.write_markdown("Results", sections, page)
     if not out.samefile(run_dir):
         results.write_csv(out / "results.csv", run.rows)
         shutil.copyfile(run_dir / "config.json", out / "config.json")

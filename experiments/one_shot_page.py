@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -10,34 +12,52 @@ from typing import Any
 from jaxprune import files, report, results
 from jaxprune.figures import describe, k_sparsity, save_figures
 from jaxprune.figures.methods import against_seconds, layer_sparsities
+from jaxprune.types import Metric
 
-DRAWN = 10  # methods in a figure; the best ones, at the middle level
+DRAWN = 7  # methods in a figure, as many as colours: magnitude and the best, at the middle level
 
 
 def write(flags: Any, folder: Path, rows: list[Any], facts: list[dict], metrics: Any) -> None:
     """Print a table, and write figures, a CSV file, the facts, and report.html."""
+    import jax
+
     settings = {field.name: getattr(flags, field.name) for field in dataclasses.fields(flags)}
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items() if v is not None}
-    part = section("Results", plain, rows, facts, metrics)
+    device = f"{os.cpu_count()} cores ({jax.devices()[0].device_kind}), jax {jax.__version__}"
+    made = {"command": sys.argv, "device": device, "settings": plain}
+    part = section("Results", made, rows, facts, metrics)
     print("\n" + "\n\n".join(map(results.text, part.tables)))
     save_figures(part.figures, folder / "figures")
     results.write_csv(folder / "results.csv", rows)
     named = [metric._asdict() for metric in metrics]
     files.write(
         folder / "one_shot.json",
-        json.dumps({"settings": plain, "metrics": named, "facts": facts}) + "\n",
+        json.dumps({**made, "metrics": named, "facts": facts}) + "\n",
     )
     report.write_html("One-shot pruning", [part], folder / "report.html")
     print(f"report.html, results.csv and figures are in {folder}")
 
 
+def sections(folder: Path) -> list[report.Section]:
+    """Return the parts of a page on the runs that lie in folders of a folder."""
+    found = []
+    for path in sorted(folder.glob("*/one_shot.json")):
+        told = json.loads(path.read_text())
+        metrics = [Metric(**metric) for metric in told["metrics"]]
+        rows, name = results.read_csv(path.with_name("results.csv")), path.parent.name
+        part = section(f"One-shot: {name}", told, rows, told["facts"], metrics, f"one-shot-{name}")
+        found.append(part)
+    return found
+
+
 def section(
-    heading: str, settings: dict[str, Any], rows: Sequence[Any], facts: list[dict], metrics: Any,
+    heading: str, made: dict[str, Any], rows: Sequence[Any], facts: list[dict], metrics: Any,
     prefix: str = "one-shot",
 ) -> report.Section:  # fmt: skip
     """Return the part of a page that tells of a run."""
     drawn: dict[str, Any] = {}
     kinds = dict.fromkeys((row.granularity, row.scope) for row in rows)
+    settings = made["settings"]
     note, metric = describe(settings), results.drawn_metrics(metrics)[0]
     for granularity in dict.fromkeys(kind for kind, _ in kinds):
         here = best(rows, granularity, metric)
@@ -49,7 +69,12 @@ def section(
         drawn[f"{prefix}-layers"] = fig
     tables = [table_of(rows, facts, metric, *kind) for kind in kinds]
     tables += [table for kind in kinds if (table := errors_of(facts, *kind)) is not None]
-    words = "; ".join(f"{key} {value}" for key, value in settings.items())
+    words = (
+        f"{settings['network']}, {settings['dataset']}, {settings['epochs']} epochs, seeds 0 to "
+        f"{settings['seeds'] - 1}; layers fitted to {settings['images']:,} training examples, "
+        f"criteria on {settings['score_batch']:,}; {made['device']}; "
+        f"`{' '.join(made['command'])}`."
+    )
     found = {name: fig for name, fig in drawn.items() if fig is not None}
     return report.Section(heading, (words,), tables, found)
 
@@ -68,8 +93,10 @@ def best(rows: Sequence[Any], granularity: str, metric: Any) -> list[Any]:
         found = fmean(value for value in values if value is not None)
         return found if metric.better == "lower" else -found
 
-    arms = sorted(dict.fromkeys(row.arm for row in own), key=worth)[:DRAWN]
-    return [row for row in own if row.arm in arms]
+    arms = sorted(dict.fromkeys(row.arm for row in own), key=worth)
+    first = [arm for arm in arms if arm.criterion == "magnitude"]
+    chosen = [*first, *(arm for arm in arms if arm not in first)][:DRAWN]
+    return [row for row in own if row.arm in chosen]
 
 
 def table_of(

@@ -89,7 +89,7 @@ def test_fisher_obs_in_steps_and_of_all_layers_together():
 @pytest.mark.parametrize("option", ["block", "damping", "steps", "at_once"])
 def test_fisher_obs_takes_positive_numbers(option):
     with pytest.raises(ValueError, match=f"{option} must be positive, got 0"):
-        criteria.fisher_obs(**{option: 0})
+        criteria.fisher_obs(**{option: 0})  # pyright: ignore[reportArgumentType]
 
 
 def graph():

@@ -36,7 +36,7 @@ def test_erk_is_its_formula(level):
 
 
 def sums(found):
-    return sum(np.asarray(leaf) for leaf in jax.tree.leaves(found))
+    return np.sum([np.asarray(leaf) for leaf in jax.tree.leaves(found)], axis=0)
 
 
 def test_erk_is_exact_and_rises_with_the_level():
@@ -139,7 +139,7 @@ def test_scopes_of_a_study(scope):
     assert {row.sparsity for row in rows} == {0, jp.num_pruned(size, 0.72) / size}
     for masks in kept.values():
         assert np.asarray(masks["a"]).mean() != np.asarray(masks["b"]).mean()
-    with pytest.raises(ValueError, match="obs has none|unit.* are of several|shape .* has no inputs"):
+    with pytest.raises(ValueError, match="obs has none|unit.* are of several"):
         jp.prune_curve(apply, params, loaded, jp.Study(
             levels=(50,), granularities=("unit",) if scope in ("erk", "owl") else ("weight",),
             scopes=(scope,), protocols=("one_shot",),

@@ -42,7 +42,7 @@ def against_seconds(rows: Sequence[Row], metric: Metric, *, note: str = "") -> F
                 seconds, values = zip(*known, strict=True)
                 look = colors.get((arm.criterion, arm.scope)) or colors[arm.granularity]
                 ax.plot(max(fmean(seconds), 1e-3), fmean(values), linestyle="", **look)
-        ax.set(xscale="log", xlabel="seconds a level", title=f"{in_percent(level)} pruned")
+        ax.set(xscale="log", xlabel="seconds a level", title=f"{in_percent(level)}% pruned")
     metric_axis(metric, axes[0, 0])
     return finish(fig, rows, note, legend_of(rows, colors, [metric]))
 
