@@ -36,6 +36,7 @@ def check_compact(
     tolerance: float,
     *,
     folded: bool = False,
+    scale: float = 0.0,
 ) -> None:
     """Check that a compact network is the masked one at all `inputs`.
 
@@ -52,24 +53,25 @@ def check_compact(
             that cancel, as of the biases of keys, are compared to rounding errors of the others and
             of the outputs.
         folded: whether constants were folded into biases: what is removed had gradients then.
+        scale: of the numbers that outputs are differences of, where these may cancel.
     """
     full, compact = masked_by_hand(params, masks), derivative(plan.apply)
+
+    def same(a: Any, b: Any, largest: Any) -> None:
+        rounding = 8 * np.finfo(b.dtype).eps * largest
+        _close(a, b, max(np.max(np.abs(b), initial=0), rounding / tolerance), tolerance)
+
     for x in inputs:
         (expected, wanted), (found, given) = masked(full, x), compact(plan.params, x)
-        jax.tree.map(lambda a, b: _close(a, b, np.max(np.abs(b)), tolerance), found, expected)
+        jax.tree.map(lambda a, b: same(a, b, scale), found, expected)
         wanted = masked_by_hand(wanted, masks)
         if folded:
             given, wanted = masked_by_hand(given, plan.shrink(masks)), plan.shrink(wanted)
         else:
             given = masked_by_hand(plan.expand(given), masks)
         sizes = jax.tree.leaves((wanted, expected))
-        largest = max(np.max(np.abs(leaf), initial=0) for leaf in sizes)
-
-        def same(a: Any, b: Any, largest: Any = largest) -> None:
-            rounding = 8 * np.finfo(b.dtype).eps * largest
-            _close(a, b, max(np.max(np.abs(b), initial=0), rounding / tolerance), tolerance)
-
-        jax.tree.map(same, given, wanted)
+        largest = max(scale, *(np.max(np.abs(leaf), initial=0) for leaf in sizes))
+        jax.tree.map(lambda a, b, largest=largest: same(a, b, largest), given, wanted)
 
 
 def masked_by_hand(params: Any, masks: Any) -> Any:

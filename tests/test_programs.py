@@ -261,7 +261,8 @@ def check_program(steps: list[Step], seed: int) -> None:
                 own = [m for m in group.members if m.role != "consumes"]
                 rows = [(np.moveaxis(masks[m.path], m.axis, 0), m.index) for m in own]
                 kept = sum(any(r[i == u].any() for r, i in rows) for u in range(group.size))
-                assert plan.widths[group.name][1] <= max(kept, 1), group.name
+                # Of a group that goes whole, more may stay: the network is a constant without it.
+                assert not kept or plan.widths[group.name][1] <= kept, group.name
         inputs = [x, rng.normal(size=(5, *shape[1:]))] if rng.random() < 0.2 else [x]
         # XLA may compute a maximum twice and find it nowhere, so that its gradient is infinite.
         found = [masked(masked_by_hand(params, masks), x) for x in inputs]
@@ -271,7 +272,8 @@ def check_program(steps: list[Step], seed: int) -> None:
             slopes = SimpleNamespace(
                 apply=slope(plan.apply), params=plan.params, shrink=plan.shrink, expand=plan.expand
             )
-            check_compact(derivative(slope(apply)), params, masks, slopes, [x], 1e-9)
+            # A slope is a sum that may cancel, as that of a softmax does.
+            check_compact(derivative(slope(apply)), params, masks, slopes, [x], 1e-9, scale=1.0)
         # Weights, and whole rows and columns, which leave units without inputs or outputs.
         masks = {path: weight_mask(leaf.shape, rng) for path, leaf in params.items()}
         plan = quietly(compaction, apply, params, masks, x, fold=False)
