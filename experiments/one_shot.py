@@ -82,6 +82,9 @@ class Flags:
     score_batch: int = 1000
     """Training examples that criteria look at."""
 
+    recalibrate: int = 0
+    """Training batches that re-estimate BatchNorm's statistics; the methods re-estimate none."""
+
     checkpoint: Path | None = None
     """A run directory of experiments/sweep.py, whose dense networks are taken; else one is made."""
 
@@ -230,7 +233,7 @@ def _study(flags: Flags, granularity: str, scope: str, given: Any, fitted: bool)
         n, m = map(int, granularity.split(":"))
         levels = (0.0, 100 * (m - n) / m)
     return Study(levels=levels, criteria=(given,), granularities=(granularity,), scopes=(scope,),
-                 protocols=("one_shot",),
+                 protocols=("one_shot",), recalibrate=flags.recalibrate,
                  score_batch=flags.images if fitted else flags.score_batch)  # fmt: skip
 
 
@@ -266,7 +269,7 @@ def _pruned(
     given, fitted = _given(flags, network, params, state, loaded.train.x[:2], granularity, name)
     study = _study(flags, granularity, scope, given, fitted)
     told = (flags.dataset, flags.network, flags.hidden_sizes, study.levels, flags.epochs,
-            flags.learning_rate, study.score_batch, str(flags.checkpoint),
+            flags.learning_rate, study.score_batch, study.recalibrate, str(flags.checkpoint),
             str(flags.params))  # fmt: skip
     slug = re.sub(r"[^\w.+-]", "-", f"{granularity}-{scope}-{name}")
     path = flags.folder / "rows" / f"{slug}-seed{seed}.jsonl"

@@ -105,29 +105,48 @@ def table_of(
     """Return a line a method and a column a level: the metric, seconds and memory."""
     own = [row for row in rows if (row.granularity, row.scope) == (granularity, scope)]
     levels = sorted({row.target_sparsity for row in own})
-    scale, lines = (100 if metric.unit == "%" else 1), []
-    digits = 1 if metric.unit == "%" else 3
-    for name in dict.fromkeys(row.criterion for row in own):
+    names = list(dict.fromkeys(row.criterion for row in own))
+    seeds = {row.seed for row in own}
+    lines = []
+    for name in names:
         here = [row for row in own if row.criterion == name]
-        cells = []
-        for level in levels:
-            values = [row.metrics[metric.name] for row in here if row.target_sparsity == level]
-            known = [scale * value for value in values if value is not None]
-            mean, half = results.mean_interval(known) if known else (float("nan"), None)
-            more = "" if half is None else f" ± {half:.{digits}f}"
-            cells.append(f"{mean:.{digits}f}{more}")
         seconds = sum(row.mask_seconds for row in here) / len({row.seed for row in here})
         peaks = [fact["peak_bytes"] for fact in facts
-                 if (fact["granularity"], fact["scope"]) == (granularity, scope)
-                 and fact["seed"] in {row.seed for row in here} and fact.get("name") == name
+                 if (fact["granularity"], fact["scope"], fact["name"]) == (granularity, scope, name)
                  and fact["peak_bytes"] is not None]  # fmt: skip
         memory = f"{max(peaks) / 1e9:.1f}" if peaks else "-"
-        lines.append([name, *cells, f"{seconds:.1f}", memory])
+        lines.append([name, *_cells(here, levels, metric), f"{seconds:.1f}", memory])
+    if len(names) > 1:  # which method, validation tells, of each seed and level by itself
+        chosen = [
+            min((row for row in own if (row.seed, row.target_sparsity) == (seed, level)),
+                key=lambda row: _or_worst(row.metrics["val_loss"]))
+            for seed in seeds for level in levels
+        ]  # fmt: skip
+        lines.append(["lowest validation loss", *_cells(chosen, levels, metric), "", ""])
     columns = [("", "method"), *(("", f"{100 * level:g}%") for level in levels),
                ("", "s, all levels"), ("", "peak GB")]  # fmt: skip
     unit = f", {metric.unit}" if metric.unit else ""
-    interval = "; mean ± 95% interval over seeds" if len({row.seed for row in own}) > 1 else ""
+    interval = "; mean ± 95% interval over seeds" if len(seeds) > 1 else ""
     return results.Table(f"{granularity}, {scope}: {metric.label}{unit}{interval}", columns, lines)
+
+
+def _cells(rows: Sequence[Any], levels: Sequence[float], metric: Any) -> list[str]:
+    """Return a cell a level: the mean over seeds, and its interval."""
+    scale, digits = (100, 1) if metric.unit == "%" else (1, 3)
+    cells = []
+    for level in levels:
+        values = [row.metrics[metric.name] for row in rows if row.target_sparsity == level]
+        known = [scale * value for value in values if value is not None]
+        if known:
+            mean, half = results.mean_interval(known)
+            cells.append(f"{mean:.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}"))
+        else:
+            cells.append("-")
+    return cells
+
+
+def _or_worst(value: float | None) -> float:
+    return float("inf") if value is None else value
 
 
 def errors_of(facts: list[dict], granularity: str, scope: str) -> results.Table | None:

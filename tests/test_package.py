@@ -24,10 +24,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxprune"
 # A module imports only from those before it, and so does a file of the study.
 ORDER = (
-    "config types trees files data networks tasks arrays granularity distribution select masks structure "
-    "identity criteria schedules train evaluate sparse checkpoints results figures report "
-    "study.setup study.parts study.programs study.progress study.epoch study.dense study.record "
-    "study.stages study.sweep study"
+    "config types trees files data networks tasks arrays granularity distribution select "
+    "masks structure identity criteria schedules train evaluate sparse checkpoints results "
+    "figures report study.setup study.parts study.programs study.progress study.epoch "
+    "study.dense study.record study.stages study.sweep study"
 ).split()
 OPTIONAL = {package for packages in jaxprune._EXTRAS.values() for package in packages.split()}
 FILES = {
