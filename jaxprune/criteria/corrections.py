@@ -185,12 +185,12 @@ def alps(*, damping: float = 0.01, iterations: int = 100, n_m: NM = None) -> Cor
     _check_positive("iterations", iterations)
 
     def solve(given: LeastSquares, equations: solvers.Normal, pruned: int) -> tuple[Array, Array]:
-        start, inverse = solvers.unconstrained(equations)
+        start, inverse = whole = solvers.unconstrained(equations)
         masks = (
             solvers.admm(equations, start, pruned, iterations, n_m, given.free),
             solvers.by_loss(start, inverse, pruned, n_m, given.free),  # may be better where few
         )
-        fits = [solvers.refit(equations, _extended(kept, given.free)) for kept in masks]
+        fits = [solvers.refit(equations, _extended(kept, given.free), whole) for kept in masks]
         best = int(np.argmin([solvers.objective(equations, weights) for weights in fits]))
         return fits[best], masks[best]
 

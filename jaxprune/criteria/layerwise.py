@@ -3,8 +3,9 @@
 Any `apply(params, x)` comes in with batches of inputs; `solvers` say what becomes of a layer.
 """
 
+import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -117,15 +118,13 @@ def layer_by_layer(
             if site.bias is not None:
                 weights = jnp.concatenate([weights, dense[site.bias][None, None]], axis=1)
             free = int(site.bias is not None)
-            solved = solve(site.layer, level, LeastSquares(weights, *found, free))
+            with _named(site.layer.path):
+                solved = solve(site.layer, level, LeastSquares(weights, *found, free))
+                if solved is not None and not jnp.isfinite(solved[0]).all():
+                    raise np.linalg.LinAlgError
             if solved is None:
                 continue
             values, kept = solved
-            if not jnp.isfinite(values).all():
-                raise ValueError(
-                    f"layer {site.layer.path!r}: its inputs are not finite, or their second "
-                    "moments are not positive definite with this damping: give more"
-                )
             shape = dense[site.number].shape
             if site.bias is not None:
                 leaves[level][site.bias] = values[0, -1].astype(dense[site.bias].dtype)
@@ -138,6 +137,18 @@ def layer_by_layer(
         trees.stack([jax.tree.unflatten(tree, each) for each in leaves]),
         trees.stack([jax.tree.unflatten(tree, each) for each in given]),
     )
+
+
+@contextlib.contextmanager
+def _named(path: str) -> Iterator[None]:
+    """Name the layer that cannot be solved."""
+    try:
+        yield
+    except np.linalg.LinAlgError as error:
+        raise ValueError(
+            f"layer {path!r}: its inputs are not finite, or their second moments are not positive "
+            "definite with this damping: give more"
+        ) from error
 
 
 def _check_size(site: Site, leaf: Array) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxprune import select
 from jaxprune.criteria.layerwise import LeastSquares
@@ -83,30 +84,46 @@ def objective(equations: Normal, weights: Array) -> Array:
     return jnp.sum(weights * (equations.left @ weights - 2 * equations.right))
 
 
-def refit(equations: Normal, kept: Array) -> Array:
+def refit(equations: Normal, kept: Array, whole: tuple[Array, Array] | None = None) -> Array:
     """Solve the equations of every output for the inputs that it keeps; others are zero.
 
     Args:
         equations: of the layer.
         kept: (batched, inputs, outputs), bool.
+        whole: what `unconstrained` returns, if it is known.
     """
     outputs = kept.shape[2]
-    if 5 * int(jnp.max(jnp.sum(kept, axis=1), initial=0)) > kept.shape[1]:
-        return _iterated(equations, kept)
-    width = min(kept.shape[1], _bucket(int(jnp.max(jnp.sum(kept, axis=1), initial=0))))
+    most = int(jnp.max(jnp.sum(kept, axis=1), initial=0))
+    if 5 * most > kept.shape[1]:
+        start, inverse = whole or unconstrained(equations)
+        return _iterated(equations, kept, start, inverse)
+    width = min(kept.shape[1], _bucket(most))
     at_once = max(1, min(outputs, _HELD // width**2))
     padding = ((0, 0), (0, 0), (0, -outputs % at_once))
     right, keep = jnp.pad(equations.right, padding), jnp.pad(kept, padding)
-    # Chunk by chunk from the host: XLA on CPUs (jax 0.10) may wait for itself for ever where it
-    # runs a loop of such solves beside another.
     solved = [
         jnp.stack([
-            _columns(left, *(each[b, :, i : i + at_once] for each in (right, keep)), width)
+            _columns(left, right[b, :, i : i + at_once], keep[b, :, i : i + at_once], width)
             for b, left in enumerate(equations.left)
         ])
         for i in range(0, right.shape[2], at_once)
     ]  # fmt: skip
     return jnp.concatenate(solved, axis=2)[..., :outputs]
+
+
+def _linear(name: str, *arrays: Array) -> Any:
+    """Return what a function of `numpy.linalg` does; on other devices, of `jax.numpy.linalg`.
+
+    XLA on CPUs (jax 0.10) factorises on the threads that it waits with, and may wait for itself for
+    ever; NumPy runs the same routines.
+
+    Raises:
+        numpy.linalg.LinAlgError: a matrix is singular, or not positive definite.
+    """
+    if jax.default_backend() != "cpu":
+        return getattr(jnp.linalg, name)(*arrays)
+    found = getattr(np.linalg, name)(*map(np.asarray, arrays))
+    return jax.tree.map(jnp.asarray, tuple(found) if isinstance(found, tuple) else found)
 
 
 def _bucket(n: int) -> int:
@@ -117,31 +134,45 @@ def _bucket(n: int) -> int:
     return size
 
 
-@partial(jax.jit, static_argnames="width")
 def _columns(left: Array, right: Array, kept: Array, width: int) -> Array:
     """Solve for some outputs, each of which keeps at most `width` inputs."""
+    index, there, matrices, wanted = _chosen(left, right, kept, width)
+    solved = _linear("solve", matrices, wanted[..., None])[..., 0]
+    return _placed(solved, index, there, kept)
 
-    def column(right: Array, keep: Array) -> Array:
+
+@partial(jax.jit, static_argnames="width")
+def _chosen(left: Array, right: Array, kept: Array, width: int) -> tuple[Array, ...]:
+    """Return of each output the inputs kept, which of them are no padding, and their equations."""
+
+    def column(right: Array, keep: Array) -> tuple[Array, ...]:
         index = jnp.argsort(~keep, stable=True)[:width]
         there = keep[index]
         inside = there[:, None] & there[None]
         matrix = jnp.where(inside, left[index[:, None], index], jnp.eye(width, dtype=left.dtype))
-        factor = jnp.linalg.cholesky(matrix)
-        solved = jax.scipy.linalg.cho_solve((factor, True), jnp.where(there, right[index], 0))
-        return jnp.zeros(keep.shape, left.dtype).at[index].set(jnp.where(there, solved, 0))
+        return index, there, matrix, jnp.where(there, right[index], 0)
 
-    return jax.vmap(column, 1, 1)(right, kept)
+    return jax.vmap(column, 1)(right, kept)
 
 
 @jax.jit
-def _iterated(equations: Normal, kept: Array) -> Array:
+def _placed(solved: Array, index: Array, there: Array, kept: Array) -> Array:
+    """Return solutions where the inputs are that they are of, (inputs, outputs)."""
+
+    def column(solved: Array, index: Array, there: Array, keep: Array) -> Array:
+        return jnp.zeros(keep.shape, solved.dtype).at[index].set(jnp.where(there, solved, 0))
+
+    return jax.vmap(column, (0, 0, 0, 1), 1)(solved, index, there, kept)
+
+
+@jax.jit
+def _iterated(equations: Normal, kept: Array, start: Array, inverse: Array) -> Array:
     """Solve by conjugate gradients, with the inverse of the whole left side to guide them.
 
     Where much is kept, a few dozen products of the layer's size take the place of a factor an
     output.
     """
     left, right = equations
-    start, inverse = unconstrained(equations)
 
     def masked(x: Array) -> Array:
         return jnp.where(kept, x, 0)
@@ -174,16 +205,12 @@ def _iterated(equations: Normal, kept: Array) -> Array:
     return jax.lax.while_loop(unfinished, step, first)[0]
 
 
-@jax.jit
 def unconstrained(equations: Normal) -> tuple[Array, Array]:
     """Return the solution without a mask, and the inverse of the left side."""
-    factor = jnp.linalg.cholesky(equations.left)
-    eye = jnp.broadcast_to(jnp.eye(factor.shape[-1], dtype=factor.dtype), factor.shape)
-    inverse = jax.vmap(lambda f, b: jax.scipy.linalg.cho_solve((f, True), b))(factor, eye)
+    inverse = _linear("inv", equations.left)
     return inverse @ equations.right, inverse
 
 
-@partial(jax.jit, static_argnames="block")
 def sweep(inverse: Array, weights: Array, kept: Array, block: int) -> Array:
     """Remove what is not kept input by input, each time correcting the inputs after it.
 
@@ -193,7 +220,11 @@ def sweep(inverse: Array, weights: Array, kept: Array, block: int) -> Array:
         kept: bool, like the weights.
         block: inputs between which later ones are corrected at once; results do not depend on it.
     """
-    upper = jnp.swapaxes(jnp.linalg.cholesky(inverse), -1, -2)
+    return _swept(jnp.swapaxes(_linear("cholesky", inverse), -1, -2), weights, kept, block)
+
+
+@partial(jax.jit, static_argnames="block")
+def _swept(upper: Array, weights: Array, kept: Array, block: int) -> Array:
     n = kept.shape[1]
 
     def layer(args: Any) -> Array:
@@ -217,9 +248,8 @@ def sweep(inverse: Array, weights: Array, kept: Array, block: int) -> Array:
     return jax.lax.map(layer, (upper, weights, kept))
 
 
-@partial(jax.jit, static_argnames=("iterations", "n_m", "free"))
 def admm(
-    equations: Normal, start: Array, pruned: Array, iterations: int, n_m: Any, free: int
+    equations: Normal, start: Array, pruned: Any, iterations: int, n_m: Any, free: int
 ) -> Array:
     """Return which weights are kept, by alternating between the layer's error and the count.
 
@@ -232,10 +262,18 @@ def admm(
         free: how many of the last inputs are always kept.
     """
     left, right = equations
-    n = left.shape[-1]
     scale = jnp.sqrt(jnp.diagonal(left, axis1=-2, axis2=-1))[..., None]
-    left, right = left / (scale * jnp.swapaxes(scale, -1, -2)), right / scale
-    values, vectors = jnp.linalg.eigh(left)
+    parts = _linear("eigh", left / (scale * jnp.swapaxes(scale, -1, -2)))
+    return _alternated(*parts, right / scale, scale * start, pruned, iterations, n_m, free)
+
+
+@partial(jax.jit, static_argnames=("iterations", "n_m", "free"))
+def _alternated(
+    values: Array, vectors: Array, right: Array, start: Array, pruned: Any, iterations: int,
+    n_m: Any, free: int,
+) -> Array:  # fmt: skip
+    """Run `admm` on equations of a unit diagonal, whose left side is given by its eigenvectors."""
+    n = right.shape[1]
     back = jnp.swapaxes(vectors, -1, -2)
     whole = jnp.broadcast_to((jnp.arange(n) >= n - free)[None, :, None], right.shape)
 
@@ -251,7 +289,7 @@ def admm(
         sparse, _ = project(solved + dual / rho)
         return sparse, dual + rho * (solved - sparse), rho * _GROWTH
 
-    first = project(scale * start)[0]
+    first = project(start)[0]
     found = jax.lax.fori_loop(
         0, iterations, step, (first, jnp.zeros_like(first), jnp.asarray(_FIRST, first.dtype))
     )
