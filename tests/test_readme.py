@@ -9,6 +9,7 @@ import jax
 import pytest
 
 import jaxprune as jp
+from jaxprune import results
 from jaxprune.data import Data, Split
 
 ROOT = Path(__file__).parents[1]
@@ -104,3 +105,24 @@ def test_the_minutes_of_training_are_those_of_the_rows():
                if (row.granularity, row.protocol) == ("weight", "trained")]  # fmt: skip
     seconds = sum(trained) + run.config["seconds"]["dense_training"]
     assert f"took {seconds / 3 / 60:.0f} minutes a seed" in " ".join(README.split())
+
+
+def test_the_methods_are_those_of_the_committed_run():
+    rows = results.read_csv(ROOT / "figures" / "one_shot" / "challenge" / "results.csv")
+
+    def accuracy(granularity, name, level):
+        found = [100 * row.metrics["accuracy"] for row in rows
+                 if (row.granularity, row.criterion) == (granularity, name)
+                 and row.target_sparsity == level / 100]  # fmt: skip
+        assert len(found) == 3
+        return f"{fmean(found):.1f}"
+
+    text = " ".join(README.split())
+    listed = re.findall(r"`([^`]+)` (\d+\.\d) / (\d+\.\d) / (\d+\.\d)", text)
+    assert len(listed) == 6
+    for name, *found in listed:
+        assert found == [accuracy("weight", name, level) for level in (90, 95, 99)]
+    assert f"dense {accuracy('weight', 'magnitude', 0)}" in text
+    kept, norm = (accuracy("unit", name, 90) for name in ("reconstruction+refit", "magnitude"))
+    assert f"`reconstruction+refit` keeps {kept} at 90%" in text
+    assert f"those of largest norm keep {norm}." in text
