@@ -126,7 +126,10 @@ def load(path: Path, name: str, target: PyTree | None = None) -> PyTree:
     elif "tree" in entry:
         target = trees.decode_containers(entry["tree"])
     else:
-        raise ValueError(f"{path}: {name} is not made of dict, list and tuple alone: pass a target")
+        raise ValueError(
+            f"{path}: {name} is not made of dict, list and tuple alone: pass a target, such as "
+            "jax.eval_shape(network.init, key)"
+        )
     for at in saved | wanted:
         here, there = saved.get(at, "absent"), wanted.get(at, "absent")
         if here != there:

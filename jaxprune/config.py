@@ -101,7 +101,10 @@ class Study:
             ValueError: a value is out of range; the message names it and the range.
             TypeError: a number that must be whole is not.
         """
-        object.__setattr__(self, "levels", tuple(map(float, self.levels)))
+        try:
+            object.__setattr__(self, "levels", tuple(map(float, self.levels)))
+        except (TypeError, ValueError):
+            raise ValueError(f"levels must be a tuple of numbers, got {self.levels!r}") from None
         for name in ("criteria", "granularities", "scopes", "protocols"):
             value = getattr(self, name)
             if isinstance(value, str) or not isinstance(value, list | tuple):

@@ -80,7 +80,12 @@ def write_report(run: Run, figures: Mapping[str, Figure] | None, path: Path) -> 
     arms = Table("arms", [("", name) for name in config["arms"][0]],
                  [[_words(value) for value in arm.values()] for arm in config["arms"]])  # fmt: skip
     command = config.get("command", ())
-    made = {"command": shlex.join(command) if isinstance(command, list) else command}
+    commands = [command, *config.get("later_commands", ())]
+    made = {
+        "command": ", then ".join(
+            shlex.join(each) if isinstance(each, list) else str(each) for each in commands
+        )
+    }
     names = ("made_by", "device", "versions", "seconds", "compilations", "seeds")
     made |= {name: config[name] for name in names if name in config}
     code = "\n".join([

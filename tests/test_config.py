@@ -104,6 +104,8 @@ def test_each_setting_counts(change):
         ({"levels": (0.0, -0.0)}, "levels must be distinct"),
         ({"levels": (0.0, 0.5, 0.9)}, "levels are in percent: for 0.9 as a fraction give 90"),
         ({"levels": (1.0,)}, "levels are in percent: for 1 as a fraction give 100"),
+        ({"levels": 50}, "levels must be a tuple of numbers, got 50"),
+        ({"levels": ("a",)}, "levels must be a tuple of numbers, got .'a'"),
         ({"criteria": ()}, "criteria must name at least one, got none"),
         (
             {"granularities": ()},

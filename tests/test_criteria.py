@@ -322,3 +322,14 @@ def test_resolve(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=message) as caught:
             criteria.resolve(spec)
         assert "\n" not in str(caught.value)
+
+
+def test_a_criterion_whose_other_arguments_have_defaults_is_told_them():
+    def mine(params, problem=None, batch=None):
+        assert problem is not None and batch is not None
+        return jax.tree.map(jnp.abs, params)
+
+    params = {"w": jnp.ones((2, 3))}
+    problem = Problem(lambda p, x: x @ p["w"], lambda p, b: (b.x @ p["w"])[:, 0])
+    found = criteria.criterion(mine).scores(params, problem, Batch(jnp.ones((1, 2)), None, KEY))
+    assert found["w"].shape == (2, 3)

@@ -178,8 +178,8 @@ def test_criteria_and_scopes_stand_side_by_side_and_are_paired_by_seed() -> None
     panels = np.array(figure.axes).reshape(2, 2)
     _, y = data(panels[0, 1], "random unit layer one_shot")
     np.testing.assert_allclose(y, [-0.01] * len(LEVELS))  # 0 of seed 0, 2 points of seed 1
-    assert panels[0, 0].get_ylabel() == "test accuracy minus\nthat of magnitude, layer (points)"
-    assert panels[1, 0].get_ylabel() == "test loss minus\nthat of magnitude, layer (nats)"
+    assert panels[0, 0].get_ylabel() == "test accuracy,\ndifference (points)"
+    assert panels[1, 0].get_ylabel() == "test loss,\ndifference (nats)"
     assert legend(figure) == [*names[1:], "one-shot", "trained"]
     assert figures.differences(some(1), METRICS) is None
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from experiments import results_page
+from experiments import one_shot_page, results_page
 from jaxprune import report, results
 from jaxprune.config import Arm
 from jaxprune.report import Section
@@ -157,8 +157,11 @@ def test_the_committed_page_is_of_the_committed_rows_and_timings(
     committed: tuple[results.Run, dict[str, Any]], tmp_path: Path
 ) -> None:
     run, found = committed
+    compared = one_shot_page.sections(ROOT / "figures" / "one_shot")
     names = [*ALL, "inference-speed", "file-sizes"]
-    sections = results_page.sections(run, found, dict.fromkeys(names))
+    sections = [*results_page.sections(run, found, dict.fromkeys(names)), *compared]
+    names += [name for section in compared for name in section.figures]
+    assert len(compared) >= 1 and len(names) >= 12
     report.write_markdown("Results", sections, tmp_path / "RESULTS.md")
     assert (tmp_path / "RESULTS.md").read_bytes() == (ROOT / "figures/RESULTS.md").read_bytes()
     assert {path.stem for path in (ROOT / "figures").glob("*.png")} == set(names)

@@ -145,9 +145,9 @@ def differences(rows: Sequence[Row], metrics: Sequence[Metric], *, note: str = "
             ax.axhline(0, color="0.5", linewidth=0.8)
         metric_axis(change, *line, zoom=True)
         unit = "points" if metric.unit == "%" else metric.unit
-        label = f"{metric.label} minus\nthat of {family_name(first, rows)}"
-        line[0].set_ylabel(label + f" ({unit})" * bool(unit))
-    note = "; ".join(filter(None, [note, "differences are paired by seed"]))
+        line[0].set_ylabel(f"{metric.label},\ndifference" + f" ({unit})" * bool(unit))
+    told = f"differences from {family_name(first, rows)} are paired by seed"
+    note = "; ".join(filter(None, [note, told]))
     del colors[first]
     return finish(fig, rows, note, legend_of(rows, colors))
 

@@ -111,7 +111,7 @@ class Record:
         differences = results.compare_settings(old["settings"], self.config["settings"])
         known = {results.arm_of(entry): entry for entry in entries}
         same_jax = old["versions"].get("jax") == self.now["versions"].get("jax")
-        new_arms = []
+        new_arms, other_code = [], []
         for arm, entry in self.arms.items():
             if (before := known.get(arm)) is None:
                 new_arms.append(entry)
@@ -119,9 +119,10 @@ class Record:
             changed = results.compare_settings(before["settings"], entry["settings"])
             differences += [f"{arm.criterion}, {line}" for line in changed]
             if not changed and before["identity"] != entry["identity"]:
-                self._other_code(f"the code of criterion {arm.criterion}", same_jax, differences)
-        if not differences and old.get("identity") != self.config["identity"]:
-            what = "the code or the constants of network, loss or optimizer"
+                other_code.append(f"the code of criterion {arm.criterion}")
+        if old.get("identity") != self.config["identity"]:  # which criteria may call
+            other_code = ["the code or the constants of network, loss or optimizer"]
+        for what in [] if differences else other_code:  # the code of others follows from them
             self._other_code(what, same_jax, differences)
         if differences:
             raise ValueError(
@@ -137,8 +138,13 @@ class Record:
             self.note(f"going on with other surroundings: {'; '.join(changed)}")
         had, now = (sum(config["levels"], []) for config in (old, self.config))
         added = [level for level in now if level not in had]
+        command = self.config["command"]
+        later = old.get("later_commands", [])
+        if command not in (old["command"], *later):
+            later = [*later, command]
         self.config = {
             **old,
+            **({"later_commands": later} if later else {}),
             "seeds": max(old["seeds"], self.config["seeds"]),
             "arms": [*entries, *new_arms],
             "levels": [*old["levels"], *([added] if added else [])],
