@@ -142,7 +142,7 @@ class Config(Study):
     """Train a network, prune it at every level, and score them all."""
 
     criteria: tuple[str, ...] = ("magnitude",)
-    """magnitude, random, synflow, saliency, snip, grasp, fisher, wanda, ria, or my_module:mine."""
+    """magnitude, l1, random, synflow, saliency, snip, grasp, fisher, wanda, ria, my_module:mine."""
 
     preset: Literal["quick", "challenge"] = "quick"
     """quick: 2 epochs, 1 seed, minutes. challenge: 20 epochs, 3 seeds, hours on a CPU."""

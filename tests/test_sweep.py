@@ -309,7 +309,7 @@ def own(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--criteria size", ["magnitude, random, synflow, saliency", "or module:function", "size"]),
+        ("--criteria size", ["magnitude, l1, random, synflow", "or module:function", "size"]),
         ("--criteria nowhere:f", ["nowhere:f", "No module named 'nowhere'"]),
         ("--criteria broken:f", ["broken:f", "No module named 'no_such_module'"]),
         ("--criteria torn:scores", ["torn:scores", "SyntaxError"]),
