@@ -4,19 +4,22 @@ Usage: python experiments/one_shot.py --preset quick
 """
 
 import dataclasses
+import functools
+import itertools
 import json
 import re
 import sys
 import threading
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
 from experiments.sweep import progress_display, stop
-from jaxprune.config import LEVELS, Study
+from jaxprune.config import LEVELS, Study, levels_of
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {"seeds": 1, "epochs": 2, "images": 4000, "levels": (0.0, 80.0, 95.0)},
@@ -137,14 +140,14 @@ def run(flags: Flags) -> None:
     _check(flags, network, loaded)
     dense = _dense(flags, network, loaded)
     rows, facts = [], []
-    for granularity in flags.granularities:
-        for seed in range(1 if flags.params else flags.seeds):
-            for name in methods_of(flags, granularity):
-                for scope in flags.scopes:
-                    own = granularity, scope, name, seed
-                    more, fact = _pruned(flags, network, loaded, dense(seed), *own)
-                    rows += more
-                    facts.append(fact)
+    seeds = range(1 if flags.params else flags.seeds)
+    for granularity, seed in itertools.product(flags.granularities, seeds):
+        params, state = dense(seed)
+        start = Start(seed, granularity, network, params, state, loaded)
+        for name, scope in itertools.product(methods_of(flags, granularity), flags.scopes):
+            more, fact = _pruned(flags, start, name, scope)
+            rows += more
+            facts.append(fact)
     one_shot_page.write(flags, flags.folder, rows, facts, _metrics(network, loaded))
 
 
@@ -203,38 +206,53 @@ def _from_file(path: Path, network: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(params), [arrays[name] for name in wanted]), state
 
 
-def _given(flags: Flags, network: Any, params: Any, state: Any, x: Any, granularity: str,
-           name: str) -> tuple[Any, bool]:  # fmt: skip
-    """Return what a study takes as a criterion for a method, and whether layers are fitted."""
-    import jaxprune as jp
-    from jaxprune import criteria, structure
-    from jaxprune import granularity as granularities
+class Start:
+    """A dense network, and what is read off it once for all methods."""
 
-    plain = re.fullmatch(r"[^+*]+", name) and name not in (
-        *criteria.CORRECTIONS,
-        *criteria.OF_UNITS,
+    def __init__(
+        self, seed: int, granularity: str, network: Any, params: Any, state: Any, loaded: Any
+    ) -> None:
+        """Keep all of it."""
+        self.seed, self.granularity, self.loaded = seed, granularity, loaded
+        self.network, self.params, self.state = network, params, state
+        self.apply = lambda params, x: network.apply(params, state, x)
+
+    @functools.cached_property
+    def pieces(self) -> tuple[Any, Any]:
+        """What is pruned as one, and of units the dependency graph."""
+        import jaxprune as jp
+        from jaxprune import granularity, structure
+
+        of = self.apply, self.params, self.loaded.train.x[:2]
+        chosen = jp.prunable(*of) if self.network.prunable is None else self.network.prunable
+        if self.granularity == "unit":
+            graph = jp.dependency_graph(*of)
+            return jp.group(graph, chosen), graph
+        return granularity.named(self.granularity, chosen, structure.layers(*of)), None
+
+    def method(self, name: str) -> Any:
+        """Return what a study takes as a criterion for a method."""
+        from jaxprune import criteria
+
+        special = name in criteria.CORRECTIONS or name in criteria.OF_UNITS
+        if re.fullmatch(r"[^+*]+", name) and not special:
+            return name
+        pieces, graph = self.pieces
+        return criteria.method(name, granularity=pieces, graph=graph)
+
+
+def _study(flags: Flags, start: Start, names: Sequence[str], scopes: Sequence[str]) -> Study:
+    fitted = {"obs", "alps", "reconstruction", "activation"}  # to as many images as layers are
+    images = any("+" in name or name in fitted for name in names)
+    return Study(
+        levels=levels_of(start.granularity) or flags.levels,
+        criteria=tuple(map(start.method, names)),
+        granularities=(start.granularity,),
+        scopes=tuple(scopes),
+        protocols=("one_shot",),
+        recalibrate=flags.recalibrate,
+        score_batch=flags.images if images else flags.score_batch,
     )
-    if plain:
-        return name, False
-    apply = lambda params, x: network.apply(params, state, x)  # noqa: E731
-    chosen = jp.prunable(apply, params, x) if network.prunable is None else network.prunable
-    graph = jp.dependency_graph(apply, params, x) if granularity == "unit" else None
-    if graph is not None:
-        pieces = jp.group(graph, chosen)
-    else:
-        pieces = granularities.named(granularity, chosen, structure.layers(apply, params, x))
-    fitted = "+" in name or name in ("obs", "alps", "reconstruction", "activation")
-    return criteria.method(name, granularity=pieces, graph=graph), fitted
-
-
-def _study(flags: Flags, granularity: str, scope: str, given: Any, fitted: bool) -> Study:
-    levels = flags.levels
-    if ":" in granularity:
-        n, m = map(int, granularity.split(":"))
-        levels = (0.0, 100 * (m - n) / m)
-    return Study(levels=levels, criteria=(given,), granularities=(granularity,), scopes=(scope,),
-                 protocols=("one_shot",), recalibrate=flags.recalibrate,
-                 score_batch=flags.images if fitted else flags.score_batch)  # fmt: skip
 
 
 def _check(flags: Flags, network: Any, loaded: Any) -> None:
@@ -245,77 +263,63 @@ def _check(flags: Flags, network: Any, loaded: Any) -> None:
 
     params, state = network.init(jax.random.key(0))
     for granularity in flags.granularities:
-        for name in methods_of(flags, granularity):
-            given = _given(flags, network, params, state, loaded.train.x[:2], granularity, name)
-            for scope in flags.scopes:
-                study = _study(flags, granularity, scope, *given)
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    setup.make_setup(network, loaded, study, None, None, params, state)
+        start = Start(0, granularity, network, params, state, loaded)
+        study = _study(flags, start, methods_of(flags, granularity), flags.scopes)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            setup.make_setup(network, loaded, study, None, None, params, state)
 
 
-def _pruned(
-    flags: Flags, network: Any, loaded: Any, dense: Any, granularity: str, scope: str, name: str,
-    seed: int,
-) -> tuple[list[Any], dict[str, Any]]:  # fmt: skip
+def _pruned(flags: Flags, start: Start, name: str, scope: str) -> tuple[list[Any], dict[str, Any]]:
     """Return the rows and facts of a method and a seed, found in the folder or made."""
     import jax
 
     import jaxprune as jp
     from jaxprune import results, trees
     from jaxprune.criteria import layer_errors
+    from jaxprune.identity import digest
+    from jaxprune.masks import apply_masks
 
-    params, state = dense
-    given, fitted = _given(flags, network, params, state, loaded.train.x[:2], granularity, name)
-    study = _study(flags, granularity, scope, given, fitted)
-    told = (flags.dataset, flags.network, flags.hidden_sizes, study.levels, flags.epochs,
-            flags.learning_rate, study.score_batch, study.recalibrate, str(flags.checkpoint),
-            str(flags.params))  # fmt: skip
-    slug = re.sub(r"[^\w.+-]", "-", f"{granularity}-{scope}-{name}")
-    path = flags.folder / "rows" / f"{slug}-seed{seed}.jsonl"
-    start = results.first_digest(f"{granularity} {scope} {name} {told}", seed)
-    log = results.read_log(path, start) if path.exists() else None
+    params, state, seed, loaded = start.params, start.state, start.seed, start.loaded
+    study = _study(flags, start, (name,), (scope,))
+    arm = f"{start.granularity} {scope} {name}"
+    path = flags.folder / "rows" / f"{re.sub(r'[^a-zA-Z0-9_.+-]', '-', arm)}-seed{seed}.jsonl"
+    of = digest((params, state)), study.levels, study.score_batch, study.recalibrate
+    first = results.first_digest(f"{arm} {flags.dataset} {flags.network} {of}", seed)
+    log = results.read_log(path, first) if path.exists() else None
     beside = path.with_suffix(".json")
     if log is not None and len(log.rows) == len(study.levels) and beside.exists():
         return list(log.rows), json.loads(beside.read_text())
-    facts: dict[str, Any] = {
-        "granularity": granularity, "scope": scope, "method": name, "seed": seed,
-        "levels": [level for level in study.levels if level],
-    }  # fmt: skip
-    x = loaded.train.x[: min(1000, len(loaded.train.x))]
-    apply = jax.jit(lambda params, x: network.apply(params, state, x))
-
-    def keep(arm: Any, kept: Any, masks: Any) -> None:
-        paths = trees.paths_and_leaves(masks)
-        facts["sparsity"] = {
-            path: [float(1 - one.mean()) for one in mask] for path, mask in paths if not mask.all()
-        }
-        for key, trees_ in (("error", kept), ("masked_error", _masked(params, masks))):
-            facts[key] = layer_errors(apply, params, trees_, [x])
-
+    kept: dict[str, Any] = {}
     peak = Peak()
     with peak, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        rows = jp.prune_curve(network, params, loaded, study, state=state, seed=seed, keep=keep)
-    facts |= {"peak_bytes": peak.bytes, "name": rows[0].criterion}
+        rows = jp.prune_curve(
+            start.network, params, loaded, study, state=state, seed=seed,
+            keep=lambda _, params, masks: kept.update(params=params, masks=masks),
+        )  # fmt: skip
+    paths = trees.paths_and_leaves(kept["masks"])
+    masked = jax.vmap(apply_masks, (None, 0))(params, kept["masks"])
+    batches = [loaded.train.x[:1000]]
+    facts = {
+        "granularity": start.granularity, "scope": scope, "method": name, "seed": seed,
+        "levels": [level for level in study.levels if level],
+        "sparsity": {
+            path: [float(1 - one.mean()) for one in mask] for path, mask in paths if not mask.all()
+        },
+        "error": layer_errors(start.apply, params, kept["params"], batches),
+        "masked_error": layer_errors(start.apply, params, masked, batches),
+        "peak_bytes": peak.bytes, "name": rows[0].criterion,
+    }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
-    results.append_rows(path, rows, start)
+    results.append_rows(path, rows, first)
     beside.write_text(json.dumps(facts) + "\n")
     metric = next(iter(rows[0].metrics))
     shown = ", ".join(f"{100 * r.target_sparsity:g}%: {r.metrics[metric]:.4g}" for r in rows)
-    print(f"{granularity} {scope} {name} seed {seed}: {metric} {shown}", flush=True)
+    print(f"{arm} seed {seed}: {metric} {shown}", flush=True)
     jax.clear_caches()
     return rows, facts
-
-
-def _masked(params: Any, masks: Any) -> Any:
-    """Return dense parameters under masks."""
-    import jax
-
-    from jaxprune.masks import apply_masks
-
-    return jax.vmap(apply_masks, (None, 0))(params, masks)
 
 
 class Peak:

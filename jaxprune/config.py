@@ -26,7 +26,7 @@ SCOPES = ("layer", "global", "erk", "owl", "by_loss")
 PROTOCOLS = ("one_shot", "trained")
 _LEAST = {**dict.fromkeys(("seeds", "epochs", "batch_size", "score_batch", "levels_at_once"), 1),
           "recalibrate": 0}  # fmt: skip
-_GRANULARITY = re.compile(r"weight|unit|row|block[1-9]\d*x[1-9]\d*|([1-9]\d*):([1-9]\d*)")
+SCOPES_OF_SIZES = ("layer", "global", "erk")  # which no data are needed for
 _SLUG = 150  # characters; most file systems take names of up to 255 bytes
 
 
@@ -236,22 +236,50 @@ def check_levels(levels: tuple[float, ...]) -> None:
         )
 
 
+def parse_granularity(name: str) -> tuple[str, tuple[int, ...]]:
+    """Return the kind of a granularity, and its numbers.
+
+    Raises:
+        ValueError: there is no such granularity.
+
+    Example:
+        >>> parse_granularity("block4x1"), parse_granularity("2:4"), parse_granularity("unit")
+        (('block', (4, 1)), ('n:m', (2, 4)), ('unit', ()))
+    """
+    if name in ("weight", "unit", "row"):
+        return name, ()
+    for kind, pattern in (("block", r"block(\d+)x(\d+)"), ("n:m", r"(\d+):(\d+)")):
+        if found := re.fullmatch(pattern, name):
+            return kind, (int(found[1]), int(found[2]))
+    raise ValueError(
+        "granularities must be among weight, unit, row, such as block4x4, and such as 2:4, got "
+        f"{name}"
+    )
+
+
+def levels_of(granularity: str) -> tuple[float, ...] | None:
+    """Return the only levels that a granularity has, in percent; None where it has all."""
+    kind, numbers = parse_granularity(granularity)
+    if kind != "n:m":
+        return None
+    n, m = numbers
+    if not 0 < n < m:
+        raise ValueError(f"n:m keeps n of m, with 0 < n < m, got {granularity}")
+    return 0.0, 100 * (m - n) / m
+
+
 def check_granularities(study: Study) -> None:
-    """Raise ValueError where granularities are unknown, or n:m does not fit the rest of a study."""
-    names = ("weight", "unit", "row", "block4x4", "2:4")
-    fits = [_GRANULARITY.fullmatch(name) for name in study.granularities]
-    known = tuple(g for g, fit in zip(study.granularities, fits, strict=True) if fit)
-    check_choices("granularities", study.granularities, (*dict.fromkeys((*known, *names)),))
-    for name, fit in zip(study.granularities, fits, strict=True):
-        if fit is None or fit[1] is None:
-            continue
-        n, m = int(fit[1]), int(fit[2])
-        if n >= m:
-            raise ValueError(f"granularity n:m keeps n of m, with n < m, got {name}")
-        level = 100 * (m - n) / m
-        if not set(study.levels) <= {0.0, level} or "trained" in study.protocols:
+    """Raise ValueError where granularities are unknown, or do not fit the rest of a study."""
+    given = study.granularities
+    if not given or len(set(given)) < len(given):
+        raise ValueError(
+            f"granularities must be distinct and at least one, got {' '.join(given) or 'none'}"
+        )
+    for name in given:
+        levels = levels_of(name)
+        if levels and (not set(study.levels) <= {*levels} or "trained" in study.protocols):
             raise ValueError(
-                f"granularity {name} has the levels 0 and {level:g}, and the protocol one_shot"
+                f"granularity {name} has the levels 0 and {levels[1]:g}, and the protocol one_shot"
             )
 
 

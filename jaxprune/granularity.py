@@ -5,7 +5,6 @@ them and gives those that are kept the shapes of the parameters.
 """
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ from jaxprune.arrays import (
     unit_norms,
     wide,
 )
+from jaxprune.config import parse_granularity
 from jaxprune.types import Array, Granularity, Masks, Params, Pieces, Prunable, Scores
 
 
@@ -210,17 +210,11 @@ def named(name: str, prunable: Prunable = None, layers: Sequence[Any] | None = N
         >>> named("block4x1").name, named("2:4").within
         ('block4x1', (2, 4))
     """
-    if name == "weight":
+    kind, numbers = parse_granularity(name)
+    if kind == "weight":
         return weight(prunable)
-    if name in ("unit", "row"):
-        return {"unit": unit, "row": row}[name](prunable, layers)
-    if found := re.fullmatch(r"block(\d+)x(\d+)", name):
-        return block(int(found[1]), int(found[2]), prunable, layers)
-    if found := re.fullmatch(r"(\d+):(\d+)", name):
-        return n_m(int(found[1]), int(found[2]), prunable, layers)
-    raise ValueError(
-        f"granularity must be weight, unit, row, such as block4x4, or such as 2:4, got {name!r}"
-    )
+    makers = {"unit": unit, "row": row, "block": block, "n:m": n_m}
+    return makers[kind](*numbers, prunable, layers)
 
 
 def _slices(

@@ -273,19 +273,13 @@ def _keep_by_leaf(
                 f"counts of leaf {path!r} must be 0 or {pruned}, for {within[0]} of every "
                 f"{within[1]}, got {np.asarray(count).tolist()}"
             )
-    kept = [_keep_in_windows(x, a, *within) for (_, x), a in zip(pieces, alive, strict=True)]
+    left = [x if a is None else jnp.where(a, x, -jnp.inf)
+            for (_, x), a in zip(pieces, alive, strict=True)]  # fmt: skip
+    kept = [select.keep_in_windows(x, *within) for x in left]
     return [
         jnp.expand_dims(keep, range(np.ndim(count))) | jnp.expand_dims(jnp.asarray(count) == 0, -1)
         for keep, count in zip(kept, counts, strict=True)
     ]
-
-
-def _keep_in_windows(pieces: Array, alive: Array | None, n: int, m: int) -> Array:
-    """Keep the n largest of every m pieces, of equal ones the last; those not alive go first."""
-    if alive is not None:
-        pieces = jnp.where(alive, pieces, -jnp.inf)
-    ranks = jnp.argsort(jnp.argsort(pieces.reshape(-1, m), axis=1, stable=True), axis=1)
-    return (ranks >= m - n).ravel()
 
 
 def _keep_globally(pieces: list[Array], counts: Any, alive: list[Any]) -> list[Array]:

@@ -48,6 +48,28 @@ def keep_largest(scores: Array, counts: Array, alive: Array | None = None) -> Ar
     return jax.lax.platform_dependent(bits, counts, cpu=_by_histograms, default=_by_sort)
 
 
+def keep_in_windows(scores: Array, n: int, m: int, axis: int = 0) -> Array:
+    """Keep the n largest of every m consecutive scores of an axis; of equal ones the last.
+
+    Args:
+        scores: real numbers; m divides the axis.
+        n: how many stay.
+        m: of how many.
+        axis: which.
+
+    Returns:
+        The same shape, bool.
+
+    Example:
+        >>> keep_in_windows(jnp.array([3.0, 1.0, 2.0, 2.0]), 1, 2).tolist()
+        [True, False, False, True]
+    """
+    shape = scores.shape
+    windows = scores.reshape(*shape[:axis], -1, m, *shape[axis + 1 :])
+    order = jnp.argsort(windows, axis=axis + 1, stable=True)
+    return (jnp.argsort(order, axis=axis + 1) >= m - n).reshape(shape)
+
+
 def _ordered_bits(scores: Array) -> Array:
     """Map floats to unsigned integers of the same order."""
     if not jnp.issubdtype(scores.dtype, jnp.floating) or scores.dtype.itemsize < 4:

@@ -111,7 +111,7 @@ def test_parameters_from_a_file(archive, tmp_path, monkeypatch, capsys):
         (("--criteria", "obs", "--scopes", "global", "--granularities", "weight"),
          "scope global compares layers by scores, and obs has none"),
         (("--granularities", "3:5"), "has 16 inputs, which 5 does not divide"),
-        (("--granularities", "blocks"), "granularities must be distinct and among"),
+        (("--granularities", "blocks"), "granularities must be among weight, unit, row"),
         (("--scopes", "laye"), "scopes must be distinct and among layer, global, erk"),
         (("--params", "missing.safetensors"), "missing.safetensors"),
     ],

@@ -134,7 +134,7 @@ def test_what_cannot_be():
     with pytest.raises(ValueError, match="sizes of at least 1, got 0x4"):
         block(0, 4)
     for name in ("blocks", "block4", "2:4:1", ""):
-        with pytest.raises(ValueError, match="granularity must be weight, unit, row"):
+        with pytest.raises(ValueError, match="granularities must be among weight, unit, row"):
             named(name)
     assert named("weight").name == weight().name
 

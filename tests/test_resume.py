@@ -424,3 +424,28 @@ def main(folder, seconds):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+
+
+def test_another_network_does_not_accuse_the_criterion(tmp_path):
+    folder = tmp_path / "run"
+    sweep(folder, settings={"sizes": 1}, **ONE_SHOT)
+    config = json.loads((folder / "config.json").read_text())
+    for entry in config["arms"]:
+        entry["identity"] = "of other shapes"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="sizes") as error:
+        sweep(folder, settings={"sizes": 2}, **ONE_SHOT)
+    assert "the code of criterion" not in str(error.value)
+
+
+def test_all_commands_that_made_a_run_are_kept(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    for more in ([], ["--seeds", "2"], []):
+        monkeypatch.setattr(sys, "argv", ["sweep.py", *more])
+        sweep(folder, seeds=1 + bool(more), **ONE_SHOT)
+    run = results.load_run(folder)
+    assert (run.config["command"], run.config["later_commands"]) == (
+        ["sweep.py"], [["sweep.py", "--seeds", "2"]],
+    )  # fmt: skip
+    jp.write_report(run, None, tmp_path / "report.html")
+    assert "sweep.py, then sweep.py --seeds 2" in (tmp_path / "report.html").read_text()

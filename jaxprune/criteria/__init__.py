@@ -105,7 +105,7 @@ def method(
     if spec in ("obs", "alps"):
         if kind != "weight" and windows is None:
             raise ValueError(f"{spec} prunes weights, or n of m, not by {kind}")
-        return {"obs": obs, "alps": alps}[spec](n_m=windows)
+        return CORRECTIONS[spec](n_m=windows)
     if name == "fisher_obs":
         return fisher_obs(granularity=granularity, steps=steps)
     if spec in OF_UNITS:

@@ -133,9 +133,9 @@ def _arguments(f: Any) -> int:
         parameters = inspect.signature(f).parameters.values()
     except ValueError:
         raise TypeError(f"criterion {name} has no signature: wrap it in a lambda") from None
-    if [p.name for p in parameters][1:3] == ["problem", "batch"]:
-        return 3  # whatever their defaults
-    required = [p for p in parameters if p.default is p.empty and p.kind not in
+    named = [p.name for p in parameters][1:3] == ["problem", "batch"]  # whatever their defaults
+    required = [p for i, p in enumerate(parameters)
+                if (p.default is p.empty or named and i < 3) and p.kind not in
                 (p.VAR_POSITIONAL, p.VAR_KEYWORD)]  # fmt: skip
     if len(required) not in (1, 3) or any(p.kind == p.KEYWORD_ONLY for p in required):
         raise TypeError(

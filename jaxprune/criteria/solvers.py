@@ -58,10 +58,7 @@ def largest(scores: Array, pruned: Any, n_m: tuple[int, int] | None = None) -> A
         return select.keep_largest(scores.ravel(), jnp.asarray(pruned, jnp.int32)[None])[0].reshape(
             scores.shape
         )
-    n, m = n_m
-    windows = scores.reshape(scores.shape[0], -1, m, scores.shape[-1])
-    ranks = jnp.argsort(jnp.argsort(windows, axis=2), axis=2)
-    return (ranks >= m - n).reshape(scores.shape)
+    return select.keep_in_windows(scores, *n_m, axis=1)
 
 
 def by_loss(start: Array, inverse: Array, pruned: Any, n_m: Any, free: int) -> Array:

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from jaxprune import criteria, distribution, files, structure, tasks, trees
-from jaxprune.config import Arm, Study, sparsity_of_level
+from jaxprune.config import SCOPES_OF_SIZES, Arm, Study, sparsity_of_level
 from jaxprune.criteria import allocation
 from jaxprune.data import Data, Split
 from jaxprune.evaluate import check_arrays, check_data
@@ -147,7 +147,7 @@ class Setup(NamedTuple):
         """
         options: dict[str, Any] = {"granularity": self.granularities[arm.granularity],
                                    "scope": self.scopes[arm.scope]}  # fmt: skip
-        if not of or arm.scope in ("layer", "global", "erk"):
+        if not of or arm.scope in SCOPES_OF_SIZES:
             return distribution.counts(self.params, sparsities, **options)
         params, state, batch = of
         asked = criteria.problem(self.network, self.task, state)
@@ -269,7 +269,7 @@ def _check_arms(setup: Setup) -> None:
             )
         if arm.scope == "owl" and arm.granularity == "unit":
             raise ValueError("scope owl shares weights out among leaves, and units are of several")
-    known = [arm for arm in setup.arms if arm.scope in ("layer", "global", "erk")]
+    known = [arm for arm in setup.arms if arm.scope in SCOPES_OF_SIZES]
     by_counts = {(arm.granularity, arm.scope): arm for arm in known} if targets else {}
     for arm in by_counts.values():
         counts = setup.counts(arm, targets)

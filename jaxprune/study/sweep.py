@@ -231,8 +231,9 @@ def prune_curve(
     for arm, items in found.items.items() if keep is not None else ():
         assert keep is not None
         masks = items["masks"]
-        same = jax.tree.map(lambda w, m: jnp.repeat(w, len(m), axis=0), params, masks)
-        own = items.get("params", same)
+        own = items.get("params")
+        if own is None:
+            own = jax.tree.map(lambda w, m: jnp.repeat(w, len(m), axis=0), params, masks)
         keep(arm, jax.vmap(apply_masks)(own, masks), masks)
     place = {float(sparsity_of_level(level)): i for i, level in enumerate(study.levels)}
     return sorted(rows, key=lambda row: (setup.arms.index(row.arm), place[row.target_sparsity]))
