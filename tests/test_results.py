@@ -267,22 +267,25 @@ def test_arms_are_compared_with_the_first_of_their_granularity():
     shift = {("random", "unit"): -0.3, ("random", "weight"): -0.1, ("magnitude", "unit"): -0.02}
     rows = study(lambda arm, seed: 0.8 + shift.get(arm, 0) + 0.05 * seed, ("magnitude", "random"))
     found = results.tables(rows, [ACCURACY, LOSS])
-    assert [table.title.split(", epoch 2, ") for table in found[::2]] == [
-        ["one_shot, magnitude, layer", "both seeds"],
-        ["trained, magnitude, layer", "both seeds"],
-        ["one_shot, magnitude, layer", "accuracy %: paired differences, both seeds"],
-        ["trained, magnitude, layer", "accuracy %: paired differences, both seeds"],
+    assert [table.title.split(", epoch 2, ") for table in found] == [
+        [f"{protocol}, layer", what]
+        for what in ("both seeds", "accuracy %: paired differences, both seeds")
+        for protocol in ("one_shot", "trained")
     ]
     assert all(max(map(len, results.text(table).splitlines())) <= 100 for table in found)
-    cells = [dict(zip(table.columns, table.lines[1], strict=True)) for table in found[4:6]]
-    assert cells == [
-        {("", "pruned %"): "25", ("unit", "minus weight"): "-2.00, -2.00"},
-        {
-            ("", "pruned %"): "25",
-            ("weight", "minus magnitude"): "-10.00, -10.00",
-            ("unit", "minus magnitude"): "-28.00, -28.00",
-        },
+    cells = [dict(zip(table.columns, table.lines[1], strict=True)) for table in found[::2]]
+    heads = ("weight magnitude", "weight random", "unit magnitude", "unit random")
+    assert [*cells[0]] == [
+        ("", "pruned %"),
+        *((head, name) for head in heads for name in ("accuracy %", "loss nats", "remaining")),
     ]
+    assert cells[0]["unit random", "accuracy %"] == "50.00, 55.00"
+    assert cells[1] == {
+        ("", "pruned %"): "25",
+        ("weight random", "minus magnitude"): "-10.00, -10.00",
+        ("unit magnitude", "minus weight"): "-2.00, -2.00",
+        ("unit random", "minus magnitude"): "-28.00, -28.00",
+    }
 
 
 def test_cells_are_in_the_order_of_seeds_and_weights_that_differ_are_both_shown():

@@ -21,6 +21,7 @@ import pytest
 import jaxprune as jp
 from jaxprune import checkpoints, networks, results
 from jaxprune.config import NotFinite
+from jaxprune.study import dense
 from jaxprune.study.epoch import keys_of
 from tests.studies import (
     apply,
@@ -152,6 +153,28 @@ def test_arms_and_levels_are_added_to_a_finished_run(full, tmp_path, last):
         [row] = [r for r in more if (r.arm, r.epoch, r.target_sparsity) == (of, 5, level / 100)]
         assert jp.sparsity_of(masks, prunable=lambda path, _: "hidden" in path) == row.sparsity
     assert sweep(folder, protocols=both, levels=(0.0, 90.0, 25.0)) == more
+
+
+def test_an_added_arm_is_told_of_every_seed_and_computed_alone(tmp_path, monkeypatch):
+    folder, notes, computed = tmp_path / "run", [], []
+    small = {"protocols": ("one_shot",), "epochs": 2, "seeds": 2}
+    first = sweep(folder, granularities=("weight",), **small)
+    one_shot = dense._one_shot
+
+    def counted(running, stage, *rest):
+        computed.append((stage.arm.granularity, stage.seed))
+        return one_shot(running, stage, *rest)
+
+    monkeypatch.setattr(dense, "_one_shot", counted)
+    more = sweep(folder, granularities=("weight", "unit"), report=notes.append, **small)
+    assert computed == [("unit", seed) for seed in (0, 0, 1, 1)]
+    assert [note for note in notes if isinstance(note, str)] == [
+        f"dense-seed{seed} runs again from epoch 1 on: it lacks rows from epoch 1 on"
+        for seed in (0, 1)
+    ]
+    assert [note.done for note in notes if not isinstance(note, str)][-1] == 1
+    assert set(map(repr, first)) <= set(map(repr, more))
+    assert_same_rows(more, sweep(**small))
 
 
 def test_checkpoints_are_thinned_out(full):

@@ -16,6 +16,7 @@ from jaxprune import results, trees
 from jaxprune.config import NotFinite, Study
 from jaxprune.study import parts, stages
 from jaxprune.study.programs import Programs
+from jaxprune.study.progress import Meter
 from jaxprune.study.setup import make_setup
 from jaxprune.train import batch_indices, init_state
 from tests.studies import (
@@ -294,6 +295,19 @@ def test_dropout_does_not_compile_what_is_scored_anew_for_every_set_of_units(tmp
     # Training, scoring dense and pruned, and a selection.
     assert jp.load_run(tmp_path / "run").config["compilations"] == 4
     assert notes[0].done < notes[-1].done == 1.0 and notes[-1].seconds_left == 0
+
+
+@pytest.mark.parametrize(
+    ("work", "seconds", "left"), [(9, 0.5, None), (10, 0.5, 4.5), (1, 1.0, 99.0), (0, 0.0, None)]
+)
+def test_time_left_is_told_after_a_second_of_running_or_a_tenth_of_the_work(work, seconds, left):
+    notes = []
+    meter = Meter(notes.append)
+    meter.work = 100
+    meter.add(work, seconds)
+    meter.tell(0, None, 1, 2, levels=(0.0,), losses=(1.0,), rate=10.0, compiling=8.0)
+    assert notes[0].seconds_left == left
+    assert str(notes[0]).endswith(" left" if left else "8 s of compiling so far")
 
 
 @pytest.mark.slow

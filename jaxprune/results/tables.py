@@ -122,12 +122,12 @@ def difference(
 
 
 def tables(rows: Sequence[Row], metrics: Sequence[Metric]) -> list[Table]:
-    """Lay out the last epoch: tables of all arms, then tables of their paired differences.
+    """Lay out the last epoch: a table a protocol of all arms, then one of their paired differences.
 
-    A table is of a protocol, a criterion and a scope, and a line of a level. Of each granularity it
-    has the two metrics that are drawn and the weights remaining after compaction. Of two seeds both
-    values are given, of more their mean ± half its 95% t interval (of weights the mean), or
-    [low, high] where that is cut at the metric's bounds. A dash stands for what is not known.
+    A line is of a level. Of each arm there are the two metrics that are drawn and the weights
+    remaining after compaction. Of two seeds both values are given, of more their mean ± half its
+    95% t interval (of weights the mean), or [low, high] where that is cut at the metric's bounds. A
+    dash stands for what is not known.
 
     An arm is compared with the first of its granularity, and that with the first of all. Where
     there is one arm of a protocol or one seed, nothing is.
@@ -140,32 +140,45 @@ def tables(rows: Sequence[Row], metrics: Sequence[Metric]) -> list[Table]:
     found, compared = [], []
     for protocol in dict.fromkeys(arm.protocol for arm in cells):
         arms = [arm for arm in cells if arm.protocol == protocol]
-        for family in dict.fromkeys((arm.criterion, arm.scope) for arm in arms):
-            own = {arm: cells[arm] for arm in arms if (arm.criterion, arm.scope) == family}
-            by_level, differences = {}, {}
-            for arm, levels in own.items():
-                for metric in shown:
-                    by_level[arm.granularity, _head(metric)] = {
-                        level: _diverged(here) or _cell(_known(here, metric), metric, places)
-                        for level, here in levels.items()
-                    }
-                by_level[arm.granularity, "remaining"] = {k: _weights(levels[k]) for k in levels}
-                first = next(other for other in arms if other.granularity == arm.granularity)
-                base = arms[0] if first == arm else first
-                if base != arm and shown:
-                    metric, pairs = of_difference(shown[0]), paired(rows, arm, base, shown[0].name)
-                    head = f"minus {' '.join(a for a, b in zip(base, arm, strict=True) if a != b)}"
-                    differences[arm.granularity, head] = {
-                        level: _diverged([*here, *cells[base].get(level, [])])
-                        or _cell(pairs.get(level, []), metric, places, "+")
-                        for level, here in levels.items()
-                    }
-            title = f"{', '.join((protocol, *family))}, epoch {rows[0].epoch}"
-            found.append(_table(title, own, by_level))
-            if differences and len({row.seed for row in rows}) > 1:
-                title += f", {_head(shown[0])}: paired differences"
-                compared.append(_table(title, own, differences))
+        own = {
+            arm: cells[arm]
+            for name in dict.fromkeys(arm.granularity for arm in arms)
+            for arm in arms
+            if arm.granularity == name
+        }
+        common, heads = _heads([*own])
+        title = f"{', '.join((protocol, *common))}, epoch {rows[0].epoch}"
+        by_level, differences = {}, {}
+        for arm, levels in own.items():
+            for metric in shown:
+                by_level[heads[arm], _head(metric)] = {
+                    level: _diverged(here) or _cell(_known(here, metric), metric, places)
+                    for level, here in levels.items()
+                }
+            by_level[heads[arm], "remaining"] = {k: _weights(levels[k]) for k in levels}
+            first = next(other for other in own if other.granularity == arm.granularity)
+            base = next(iter(own)) if first == arm else first
+            if base != arm and shown:
+                metric, pairs = of_difference(shown[0]), paired(rows, arm, base, shown[0].name)
+                head = f"minus {' '.join(a for a, b in zip(base, arm, strict=True) if a != b)}"
+                differences[heads[arm], head] = {
+                    level: _diverged([*here, *cells[base].get(level, [])])
+                    or _cell(pairs.get(level, []), metric, places, "+")
+                    for level, here in levels.items()
+                }
+        found.append(_table(title, own, by_level))
+        if differences and len({row.seed for row in rows}) > 1:
+            title += f", {_head(shown[0])}: paired differences"
+            compared.append(_table(title, own, differences))
     return found + compared
+
+
+def _heads(arms: Sequence[Arm]) -> tuple[list[str], dict[Arm, str]]:
+    """Return criterion and scope, where all arms have the same; and what names each among them."""
+    varies = {name for name in ("criterion", "scope") if len({getattr(a, name) for a in arms}) > 1}
+    common = [getattr(arms[0], name) for name in ("criterion", "scope") if name not in varies]
+    names = ("granularity", *(name for name in ("criterion", "scope") if name in varies))
+    return common, {arm: " ".join(getattr(arm, name) for name in names) for arm in arms}
 
 
 def text(table: Table) -> str:

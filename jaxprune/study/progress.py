@@ -7,7 +7,7 @@ from typing import NamedTuple
 from jaxprune.config import Arm
 
 _LINE_SECONDS = 10.0
-_WARM_SECONDS = 1.0  # of running before a pace is believed
+_WARM_SECONDS, _WARM_SHARE = 1.0, 0.1  # of running before a pace is believed: either will do
 
 
 class Progress(NamedTuple):
@@ -65,7 +65,7 @@ class Meter:
     def tell(self, seed: int, arm: Arm | None, epoch: int, epochs: int, **what: object) -> None:
         """Report where the study is; `what` are further fields of `Progress`."""
         left = None
-        if self._seconds >= _WARM_SECONDS:
+        if self._seconds >= _WARM_SECONDS or self._paced >= _WARM_SHARE * self.work > 0:
             left = (self.work - self.done) * self._seconds / self._paced
         done = min(self.done / max(self.work, 1), 1.0)
         self._last = Progress(seed, arm, epoch, epochs, done=done, seconds_left=left, **what)  # pyright: ignore[reportArgumentType]

@@ -210,20 +210,27 @@ class Record:
         """
         epochs = self.config["settings"]["epochs"]
         complete = 0
-        while complete < epochs and all(
-            (complete + 1, float(sparsity_of_level(level))) in self._known(scored.arm, scored.seed)
-            for scored in expected(complete + 1)
-            for level in scored.levels
+        while complete < epochs and not any(
+            self.lacks(scored, complete + 1) for scored in expected(complete + 1)
         ):
             complete += 1
+        lacking, start = "", 0
         for path in reversed(self._checkpoints(stage)):
             epoch = int(path.name)
             last = epoch == epochs
-            if self.holds(stage, epoch, final if last else state) and (not last or finished()):
-                if epoch <= complete:
-                    return epoch
-                self.note(f"{stage.name} runs again: it lacks rows from epoch {complete + 1} on")
-        return 0
+            if self.holds(stage, epoch, final if last else state):
+                if epoch <= complete and (not last or finished()):
+                    start = epoch
+                    break
+                lacking = f"rows from epoch {complete + 1} on" if epoch > complete else "masks"
+        if lacking:
+            self.note(f"{stage.name} runs again from epoch {start + 1} on: it lacks {lacking}")
+        return start
+
+    def lacks(self, stage: Stage, epoch: int) -> bool:
+        """Tell whether a row of a stage's arm and levels is missing after an epoch."""
+        known = self._known(stage.arm, stage.seed)
+        return any((epoch, float(sparsity_of_level(k))) not in known for k in stage.levels)
 
     def _known(self, arm: Arm | None, seed: int) -> set[tuple[int, float]]:
         """Return epoch and target sparsity of the rows that are there."""

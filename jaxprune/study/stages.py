@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import schedules, trees
-from jaxprune.config import phases, sparsity_of_level
+from jaxprune.config import Arm, phases, sparsity_of_level
 from jaxprune.study.dense import prune_dense
 from jaxprune.study.epoch import (
     Diverged,
@@ -57,12 +57,13 @@ def run(running: Running, record: Record) -> None:
             network is not.
     """
     starts = [_find_start(running, record, seed) for seed in range(running.setup.study.seeds)]
-    running.meter.work = sum(_work(running, start) for start in starts)
+    works = [_work(running, record, seed, start) for seed, start in enumerate(starts)]
+    running.meter.work = sum(works)
     if not running.meter.work:
         record.note(f"nothing to run: {sum(map(len, record.rows.values()))} rows found")
     failed = []
-    for seed, start in enumerate(starts):
-        if _work(running, start):
+    for seed, (start, work) in enumerate(zip(starts, works, strict=True)):
+        if work:
             try:
                 _run_seed(running, record, seed, start)
             except Diverged as error:
@@ -74,14 +75,18 @@ def run(running: Running, record: Record) -> None:
     running.meter.finish()
 
 
-def _work(running: Running, start: Start) -> int:
+def _work(running: Running, record: Record, seed: int, start: Start) -> int:
     """Return the work left of a seed, in forward passes of an example."""
     setup, data = running.setup, running.setup.data
     epochs, batch_size = setup.study.epochs, setup.study.batch_size
     scored = len(data.val.x) + len(data.test.x)
     training = 3 * (len(data.train.x) // batch_size) * batch_size  # a backward pass costs two
-    one_shot = len(running.pruned) * len(running.arms("one_shot"))
-    return (epochs - start.dense) * (training + scored * (1 + one_shot)) + sum(
+    dense = sum(
+        training + scored * (1 + len(running.pruned) * sum(a.protocol == "one_shot" for a in arms))
+        for epoch in range(start.dense + 1, epochs + 1)
+        for arms in [_missing(running, record, seed, epoch)]
+    )
+    return dense + sum(
         (epochs - max(epoch, running.branch)) * (training + scored) * len(stage.levels)
         for stage, epoch in start.trained.items()
     )
@@ -102,29 +107,46 @@ def _find_start(running: Running, record: Record, seed: int) -> Start:
                     lambda epoch, stage=stage: [stage] if epoch > branch else [],
                 )
 
-    def expected(epoch: int) -> list[Stage]:
-        return [
-            Stage(seed, arm, running.levels)
-            if arm.protocol == "one_shot" or epoch <= branch
-            else Stage(seed, arm, tuple(level for level in running.levels if not level))
-            for arm in running.setup.arms
-        ]
-
-    def has_masks() -> bool:  # of all levels: not if killed while some were added
-        return not running.pruned or all(
-            record.num_masks(Stage(seed, arm), epochs) == len(running.pruned)
-            for arm in running.arms("one_shot")
-        )
-
     dense = Stage(seed)
     final, state = {"params", "state", "predictions"}, {"predictions", *_STATE}
-    start = Start(record.resume(dense, final, state, expected, has_masks), trained)
+    begin = record.resume(
+        dense, final, state, lambda epoch: _scored(running, seed, epoch),
+        lambda: not _missing(running, record, seed, epochs),
+    )  # fmt: skip
+    start = Start(begin, trained)
     if start.branching and 0 < branch <= start.dense and not record.holds(dense, branch, state):
         record.note(
             f"{dense.name} starts again: its state after epoch {branch} is needed, and gone"
         )
         return start._replace(dense=0)
     return start
+
+
+def _scored(running: Running, seed: int, epoch: int) -> list[Stage]:
+    """Return whose rows a seed's dense stage leaves after an epoch."""
+    whole = tuple(level for level in running.levels if not level)
+    return [
+        Stage(seed, arm, running.levels)
+        if arm.protocol == "one_shot" or epoch <= running.branch
+        else Stage(seed, arm, whole)
+        for arm in running.order
+    ]
+
+
+def _missing(running: Running, record: Record, seed: int, epoch: int) -> tuple[Arm, ...]:
+    """Return the arms of which rows are missing after an epoch, or masks after the last."""
+
+    def lacks_masks(arm: Arm | None) -> bool:  # of some levels, if killed while they were added
+        wanted = len(running.pruned) if arm is not None and arm.protocol == "one_shot" else 0
+        return wanted > 0 and record.num_masks(Stage(seed, arm), epoch) != wanted
+
+    last = epoch == running.setup.study.epochs
+    return tuple(
+        stage.arm
+        for stage in _scored(running, seed, epoch)
+        if stage.arm is not None
+        and (record.lacks(stage, epoch) or (last and lacks_masks(stage.arm)))
+    )
 
 
 def _run_seed(running: Running, record: Record, seed: int, start: Start) -> None:
@@ -161,7 +183,8 @@ def _run_dense(
         parts = [Part(carry, keep_all(carry.params))]
         parts, _, spent = train_epoch(running, stage, epoch, parts, {}, np.zeros(1, bool), batch)
         carry = parts[0].carry
-        pruned = prune_dense(running, seed, epoch, carry, batch, record.append)
+        missing = running._replace(order=_missing(running, record, seed, epoch))
+        pruned = prune_dense(missing, seed, epoch, carry, batch, record.append)
         record.add_seconds("dense_training", spent["train_seconds"])
         record.add_seconds("dense_evaluation", pruned.seconds)
         if pruned.predictions is not None:
