@@ -131,18 +131,12 @@ def table_of(
 
 
 def _cells(rows: Sequence[Any], levels: Sequence[float], metric: Any) -> list[str]:
-    """Return a cell a level: the mean over seeds, and its interval."""
-    scale, digits = (100, 1) if metric.unit == "%" else (1, 3)
-    cells = []
-    for level in levels:
-        values = [row.metrics[metric.name] for row in rows if row.target_sparsity == level]
-        known = [scale * value for value in values if value is not None]
-        if known:
-            mean, half = results.mean_interval(known)
-            cells.append(f"{mean:.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}"))
-        else:
-            cells.append("-")
-    return cells
+    """Return a cell a level."""
+    places = results.decimals(rows, metric)
+    return [
+        results.cell([row for row in rows if row.target_sparsity == level], metric, places)
+        for level in levels
+    ]
 
 
 def _or_worst(value: float | None) -> float:

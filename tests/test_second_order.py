@@ -71,6 +71,10 @@ def test_fisher_obs_is_that_of_numpy(block):
             rtol=2e-3, atol=2e-4,
         )  # fmt: skip
         np.testing.assert_array_equal(found["out"][level], PARAMS["out"])
+    batch = criteria.corrections.joined(BATCHES)
+    scores = jax.jit(lambda params: method.scores(params, PROBLEM, batch))(PARAMS)
+    np.testing.assert_allclose(scores["a"].ravel(), worth, rtol=2e-3)
+    assert not scores["out"].any()  # of no piece: no blocks of it are made
 
 
 def test_fisher_obs_in_steps_and_of_all_layers_together():

@@ -81,7 +81,7 @@ BATCH = Batch(X.astype("f"), np.asarray(mlp(NETWORK, X.astype("f"))), jax.random
 PROBLEM = Problem(mlp, lambda p, b: jnp.sum((mlp(p, b.x) - b.y) ** 2, 1))
 
 
-@pytest.mark.parametrize("level", [0.3, 0.5, 0.7])
+@pytest.mark.parametrize("level", [0.3, 0.5, 0.7, 0.97])
 def test_owl_is_its_formula(level):
     found = jp.counts(NETWORK, level, scope=owl, problem=PROBLEM, batch=BATCH)
     ratios, sizes = [], np.array([NETWORK[name].size for name in "ab"])
@@ -89,10 +89,11 @@ def test_owl_is_its_formula(level):
         scores = np.abs(NETWORK[name]) * np.sqrt((x.astype("d") ** 2).sum(0))[:, None]
         ratios.append((scores > 5 * scores.mean()).mean())
     assert ratios[0] != ratios[1]
-    offset = 0.16 * np.array(ratios) / np.ptp(ratios)
+    offset = (0.02 if level == 0.97 else 0.16) * np.array(ratios) / np.ptp(ratios)
     offset -= np.average(offset, weights=sizes)
     expected = sizes * (level - offset)
     np.testing.assert_allclose([found["a"], found["b"]], expected, atol=1)
+    assert (expected < sizes).all()
     assert sums(found) == jp.num_pruned(int(sizes.sum()), level)
 
 

@@ -457,6 +457,31 @@ def test_units_that_share_a_value_are_removed_exactly(name: str, sparsity: float
         check_compact(derivative(apply), params, masks, plan, wide, 1e-12)
 
 
+@pytest.mark.parametrize("more_goes", [False, True])
+def test_units_stay_whose_shared_value_is_another_once_others_are_gone(more_goes: bool) -> None:
+    """A sigmoid's unit is 1/2, as all that goes shares; a unit of zeros, gone later, is not."""
+
+    def apply(params: Any, x: Any) -> Any:
+        late = jax.nn.relu(jax.nn.relu(x @ params["before"]) @ params["late"])
+        both = jnp.concatenate([jax.nn.sigmoid(x @ params["half"]), late], axis=-1)
+        scaled = centred(both) / jnp.sqrt((centred(both) ** 2).mean(-1, keepdims=True) + 0.1)
+        return scaled @ params["logits"]
+
+    params = draw({"before": (4, 3), "half": (4, 3), "late": (3, 3), "logits": (6, 2)})
+    masks = {name: np.ones(leaf.shape, bool) for name, leaf in params.items()}
+    masks["half"][:, 0] = masks["logits"][0] = masks["logits"][3] = False
+    masks["late"][1:, 0] = False  # zero once the first unit of `before` is
+    masks["before"][:, 0] = not more_goes
+    plan = compaction(apply, params, masks, normal(5, 4))
+    sizes = {name: leaf.shape for name, leaf in plan.params.items()}
+    assert sizes == (
+        {"before": (4, 2), "half": (4, 3), "late": (2, 2), "logits": (5, 2)}
+        if more_goes
+        else {"before": (4, 3), "half": (4, 2), "late": (3, 3), "logits": (5, 2)}
+    )
+    check_compact(derivative(apply), params, masks, plan, [normal(5, 4), normal(2, 4)], 1e-5)
+
+
 def test_layer_norm_of_equinox_and_of_linen_with_slow_variance() -> None:
     class Net(nn.Module):
         fast: bool

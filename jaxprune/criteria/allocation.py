@@ -33,7 +33,8 @@ def owl(
 
     Outliers of a leaf are weights whose score by `wanda`, $|w_{ij}| \, \|x_i\|$, is more than
     `times` the mean of the leaf. Sparsities differ from their mean by what the shares of outliers
-    do, stretched to a range of $2$ `most`.
+    do, stretched to a range of $2$ `most`, or of two thirds of what is left, where that is less: so
+    no layer is emptied.
 
     Args:
         params: the parameters.
@@ -42,7 +43,7 @@ def owl(
         problem: gives the outputs.
         batch: what inputs are taken of.
         times: so many times the mean is an outlier.
-        most: half the range of sparsities.
+        most: half the range of sparsities, at most.
         others: not looked at.
 
     Returns:
@@ -67,11 +68,11 @@ def owl(
     ])  # fmt: skip
     there = sizes > 0
     span = np.ptp(ratios[there]) if there.any() else 0.0
-    offset = 2 * most * ratios / (span if span > 0 else 1)
+    offset = 2 * ratios / (span if span > 0 else 1)
     offset -= np.average(offset, weights=sizes) if there.any() else 0
 
     def wanted(target: float) -> np.ndarray:
-        return np.clip(sizes * (target - offset), 0, sizes)
+        return np.clip(sizes * (target - min(most, (1 - target) / 3) * offset), 0, sizes)
 
     return shared(pieces, sparsity, wanted)
 

@@ -1,6 +1,8 @@
 """Second order through the whole network: blocks of the empirical Fisher information."""
 
+import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -69,9 +71,7 @@ def fisher_obs(
     ) -> tuple[Params, Masks]:
         check_gradients("fisher_obs", params)
         batch, sizes = joined(batches), sizes_of(params, granularity, counts)
-        inverses = jax.jit(
-            lambda params, batch: _inverses(params, problem, batch, block, damping, at_once)
-        )
+        inverses = jax.jit(partial(found_in, problem=problem))
 
         @jax.jit
         def select(params: Params, found: Any, counts: Counts, masks: Masks | None) -> Masks:
@@ -95,8 +95,15 @@ def fisher_obs(
             solved.append((own, masks))
         return trees.stack([own for own, _ in solved]), trees.stack([masks for _, masks in solved])
 
+    def found_in(params: Params, batch: Batch, problem: Problem) -> Any:
+        with jax.ensure_compile_time_eval():  # reads shapes alone
+            none = jax.tree.map(lambda c: jnp.zeros(c.shape, bool), granularity.cost(params))
+            blank = jax.tree.map(lambda w: jnp.zeros(jnp.shape(w), bool), params)
+            chosen = jax.tree.map(lambda kept: not kept.all(), granularity.spread(none, blank))
+        return _inverses(params, problem, batch, chosen, block, damping, at_once)
+
     def scores(params: Params, problem: Problem, batch: Batch) -> Scores:
-        return _worth(params, _inverses(params, problem, batch, block, damping, at_once))
+        return _worth(params, found_in(params, batch, problem))
 
     name = f"fisher_obs(steps={steps})" if steps > 1 else "fisher_obs"
     return Correction(name, given, prune, scores)
@@ -104,17 +111,20 @@ def fisher_obs(
 
 def _blocks(x: Array, block: int) -> Array:
     """Return the last axes of an array in blocks, padded with zeros: (first, blocks, block)."""
-    flat = x.reshape(x.shape[0], -1)
-    return jnp.pad(flat, ((0, 0), (0, -flat.shape[1] % block))).reshape(len(flat), -1, block)
+    flat = x.reshape(x.shape[0], math.prod(x.shape[1:]))
+    padded = jnp.pad(flat, ((0, 0), (0, -flat.shape[1] % block)))
+    return padded.reshape(len(flat), padded.shape[1] // block, block)
 
 
 def _inverses(
-    params: Params, problem: Problem, batch: Batch, block: int, damping: float, at_once: int
-) -> Any:
-    """Return of every leaf the inverses of its blocks, (blocks, block, block)."""
+    params: Params, problem: Problem, batch: Batch, chosen: Any, block: int, damping: float,
+    at_once: int,
+) -> Any:  # fmt: skip
+    """Return of every leaf the inverses of its blocks, (blocks, block, block); none of others."""
 
     def products(gradients: Params) -> Any:
-        each = jax.tree.map(lambda g: _blocks(g, block), gradients)
+        parts = jax.tree.map(lambda g, there: g if there else g[:, None][:, :0], gradients, chosen)
+        each = jax.tree.map(lambda g: _blocks(g, block), parts)
         return jax.tree.map(lambda g: jnp.einsum("nbi,nbj->bij", g, g), each)
 
     def inverse(fisher: Array, w: Array) -> Array:
@@ -147,6 +157,8 @@ def _inverse(blocks: Array) -> Array:
 
 def _worth(params: Params, inverses: Any) -> Scores:
     def leaf(w: Array, inverse: Array) -> Array:
+        if not len(inverse):
+            return jnp.zeros_like(w)
         diagonal = jnp.diagonal(inverse, axis1=1, axis2=2).ravel()[: w.size].reshape(w.shape)
         return jnp.square(w.astype(diagonal.dtype)) / (2 * diagonal)
 
@@ -156,6 +168,8 @@ def _worth(params: Params, inverses: Any) -> Scores:
 @jax.jit
 def _corrected(w: Array, mask: Array, inverse: Array) -> Array:
     """Return a leaf without what is not kept, made up for within blocks."""
+    if not len(inverse):
+        return w
     block = inverse.shape[-1]
     values = _blocks(w[None].astype(inverse.dtype), block)[0]
     goes = ~_blocks(mask[None], block)[0] & (jnp.arange(values.size).reshape(values.shape) < w.size)

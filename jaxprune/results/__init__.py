@@ -25,6 +25,8 @@ from jaxprune.results.runs import rows_path as rows_path
 from jaxprune.results.runs import stage_name as stage_name
 from jaxprune.results.runs import write_json as write_json
 from jaxprune.results.tables import Table as Table
+from jaxprune.results.tables import cell as cell
+from jaxprune.results.tables import decimals as decimals
 from jaxprune.results.tables import difference as difference
 from jaxprune.results.tables import drawn_metrics as drawn_metrics
 from jaxprune.results.tables import last_epoch as last_epoch

@@ -133,7 +133,7 @@ def tables(rows: Sequence[Row], metrics: Sequence[Metric]) -> list[Table]:
     there is one arm of a protocol or one seed, nothing is.
     """
     rows, shown = sorted(last_epoch(rows), key=lambda row: row.seed), drawn_metrics(metrics)
-    places = {metric.name: _places(rows, metric) for metric in shown}
+    places = {metric.name: decimals(rows, metric) for metric in shown}
     cells: _Cells = {}
     for row in rows:
         cells.setdefault(row.arm, {}).setdefault(row.target_sparsity, []).append(row)
@@ -152,7 +152,7 @@ def tables(rows: Sequence[Row], metrics: Sequence[Metric]) -> list[Table]:
         for arm, levels in own.items():
             for metric in shown:
                 by_level[heads[arm], _head(metric)] = {
-                    level: _diverged(here) or _cell(_known(here, metric), metric, places)
+                    level: cell(here, metric, places[metric.name])
                     for level, here in levels.items()
                 }
             by_level[heads[arm], "remaining"] = {k: _weights(levels[k]) for k in levels}
@@ -163,7 +163,7 @@ def tables(rows: Sequence[Row], metrics: Sequence[Metric]) -> list[Table]:
                 head = f"minus {' '.join(a for a, b in zip(base, arm, strict=True) if a != b)}"
                 differences[heads[arm], head] = {
                     level: _diverged([*here, *cells[base].get(level, [])])
-                    or _cell(pairs.get(level, []), metric, places, "+")
+                    or _cell(pairs.get(level, []), metric, places[metric.name], "+")
                     for level, here in levels.items()
                 }
         found.append(_table(title, own, by_level))
@@ -226,9 +226,20 @@ def _known(rows: Sequence[Row], metric: Metric) -> list[float]:
     return [value for row in rows if (value := row.metrics.get(metric.name)) is not None]
 
 
-def _cell(known: Sequence[float], metric: Metric, places: Mapping[str, int], sign: str = "") -> str:
+def cell(rows: Sequence[Row], metric: Metric, places: int) -> str:
+    """Return a cell of rows that differ by their seed alone, as of `tables`.
+
+    Args:
+        rows: by seed.
+        metric: which.
+        places: decimals, as `decimals` returns them.
+    """
+    return _diverged(rows) or _cell(_known(rows, metric), metric, places)
+
+
+def _cell(known: Sequence[float], metric: Metric, places: int, sign: str = "") -> str:
     """Return the mean and its interval, or the values of fewer than three, in the unit shown."""
-    scale, digits = 100 if metric.unit == "%" else 1, f".{places[metric.name]}f"
+    scale, digits = 100 if metric.unit == "%" else 1, f".{places}f"
     if len(known) < 3:
         return ", ".join(f"{scale * value:{sign}{digits}}" for value in known) or "-"
     mean, low, high = (scale * value for value in spread(known, metric) if value is not None)
@@ -249,7 +260,7 @@ def _diverged(rows: Sequence[Row]) -> str:
     return "" if not gone else "diverged" if gone == len(rows) else f"{gone}/{len(rows)} diverged"
 
 
-def _places(rows: Sequence[Row], metric: Metric) -> int:
+def decimals(rows: Sequence[Row], metric: Metric) -> int:
     """Return the decimals of a metric: 2 of percent, else for three digits of a usual value."""
     if metric.unit == "%":
         return 2

@@ -83,7 +83,15 @@ def removable(
 ) -> tuple[Keep, Shares, list[ax.Atom]]:
     """Return the kept units of the atoms that lose some, what the others share, and emptied atoms.
 
-    Units go in rounds, since one that is gone may have been all that another entered or left.
+    Units go in rounds, since one that is gone may have been all that another entered or left. What
+    they share may be another value once more are gone: then all begins anew, and units that matter
+    after all stay.
+
+    Args:
+        program: the network.
+        masks: of its leaves.
+        within: of every leaf and axis the positions that an earlier call kept, bool, or None for
+            all; other units stay. By default any may go.
     """
     keep: Keep = {}
     allowed: Keep = {}
