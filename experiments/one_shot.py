@@ -23,7 +23,7 @@ from jaxprune.config import LEVELS, Study, levels_of
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {"seeds": 1, "epochs": 2, "images": 4000, "levels": (0.0, 80.0, 95.0)},
-    "full": {"seeds": 3, "epochs": 6, "images": 30000, "levels": LEVELS},
+    "full": {"seeds": 3, "epochs": 6, "images": 55000, "levels": LEVELS},
 }
 OF_WEIGHTS = (
     "magnitude", "random", "synflow*100", "saliency", "grasp", "fisher", "wanda", "ria", "obs",

@@ -8,7 +8,7 @@ import pytest
 import jaxprune as jp
 from jaxprune import criteria
 from jaxprune.criteria import gradients, inputs, parameters, solvers
-from jaxprune.criteria.layerwise import LeastSquares
+from jaxprune.criteria.layerwise import LeastSquares, output_worths
 from jaxprune.distribution import counts
 from jaxprune.types import Batch, Problem
 
@@ -44,7 +44,10 @@ def layer_of(rows=60, inputs=10, outputs=4):
     x, other = normal(rows, inputs) @ normal(inputs, inputs), 0.3 * normal(rows, inputs)
     w = normal(inputs, outputs)
     one = lambda a, b: jnp.asarray(a.T @ b / rows)[None]  # noqa: E731
-    return LeastSquares(jnp.asarray(w)[None], one(x, x), one(x, x + other), 0), x, x + other, w
+    given = LeastSquares(
+        jnp.asarray(w)[None], one(x, x), one(x, x + other), 0, jnp.ones((1, outputs))
+    )
+    return given, x, x + other, w
 
 
 def loss(x, target, v):
@@ -79,6 +82,79 @@ def test_one_weight_goes_as_the_surgeon_says():
         x, dense.astype("d") @ w, v[:, None]
     )
     np.testing.assert_allclose(rise / len(x), v[first] ** 2 / inverted[first, first], rtol=2e-2)
+
+
+def test_outputs_count_as_the_network_is_sensitive_to_them():
+    """Two layers by hand: squared derivatives of all outputs, where ReLUs let them through."""
+    params = {"a": normal(6, 8), "bias": normal(8), "b": normal(8, 5), "c": normal(5, 4)}
+    x = [normal(300, 6) for _ in range(3)]
+
+    def apply(p, x):
+        hidden = jax.nn.relu(x @ p["a"] + p["bias"][None])
+        return jax.nn.relu(hidden @ p["b"].astype(jnp.float32)) @ p["c"].T.T
+
+    found = output_worths(apply, params, x)
+    inputs = np.concatenate(x).astype("d")
+    before = inputs @ params["a"] + params["bias"]
+    second = np.maximum(before, 0) @ params["b"]
+    slopes = np.einsum("no,ok->nok", second > 0, params["c"].astype("d"))
+    expected = {"c": np.ones(4), "b": (slopes**2).sum((0, 2))}
+    first = np.einsum("nu,uo,nok->nuk", before > 0, params["b"].astype("d"), slopes)
+    expected["a"] = (first**2).sum((0, 2))
+    for path, worth in found.items():
+        mean = expected[path] / expected[path].mean()
+        np.testing.assert_allclose(worth[0], mean, rtol=1e-5 if path == "c" else 0.35)
+    assert set(found) == {"a", "b", "c"}
+
+
+def test_outputs_of_convolutions_heads_and_dead_units_count_by_their_own():
+    params = {"kernel": normal(3, 3, 1, 4), "heads": normal(2, 4, 3), "last": normal(6, 2)}
+    params["kernel"][..., 1] = 0
+    params["heads"][0, :, 2] *= 0
+    params["last"][[1, 4]] *= 10
+
+    def apply(p, x):
+        dims = ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(x, p["kernel"], (1, 1), "SAME", dimension_numbers=dims)
+        pooled = jax.nn.relu(y - 1e-3).mean((1, 2))
+        each = jnp.einsum("bi,hio->bho", pooled, p["heads"])
+        return each.reshape(len(x), 6) @ p["last"]
+
+    found = output_worths(apply, params, [normal(40, 5, 5, 1)])
+    assert found["kernel"].shape == (1, 4) and found["heads"].shape == (1, 6)
+    assert found["kernel"][0, 1] == np.float32(1e-6)  # never above zero
+    np.testing.assert_allclose(found["kernel"].mean(), 1, rtol=1e-5)
+    wanted = (params["last"].astype("d") ** 2).sum(1)
+    np.testing.assert_allclose(found["heads"][0], wanted / wanted.mean(), rtol=0.4)
+
+
+def test_where_there_is_no_derivative_outputs_count_alike():
+    def apply(p, x):
+        y = jax.lax.while_loop(lambda y: jnp.all(y < 9), lambda y: 2 * jnp.abs(y) + 1, x @ p["a"])
+        return y @ p["b"]
+
+    params = {"a": normal(4, 6), "b": normal(6, 2)}
+    with pytest.warns(UserWarning, match="weigh alike, as the network has no derivative"):
+        assert output_worths(apply, params, [normal(5, 4)]) == {}
+
+
+def test_weights_of_outputs_that_move_nothing_go_first():
+    a = normal(6, 8)
+    params = {"a": a + np.sign(a), "b": normal(8, 3)}
+    params["b"][:4] *= 1e-3
+    apply = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"]  # noqa: E731
+    problem, batch = (
+        Problem(apply, lambda p, b: apply(p, b.x)[:, 0]),
+        Batch(normal(50, 6), None, KEY),
+    )
+    goes = counts(params, [0.5], granularity=jp.weight({"a": True, "b": False}))
+    for method in (criteria.obs, criteria.alps):
+        (_, masks), (_, alike) = (
+            method(weighted=weighted).prune(params, problem, goes, [batch])
+            for weighted in (True, False)
+        )
+        assert not masks["a"][0, :, :4].any() and masks["a"][0, :, 4:].all()
+        assert 0.2 < np.mean(alike["a"][0, :, :4]) < 0.8
 
 
 @pytest.mark.parametrize("block", [1, 3, 4, 9, 100])

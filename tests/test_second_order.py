@@ -126,9 +126,32 @@ def test_groups_that_no_weights_take_in_are_told():
     granularity = jp.group(found)
     counts = jp.counts(params, [0.5], granularity=granularity)
     problem = Problem(attention, lambda p, b: attention(p, b.x)[:, 0])
-    batches = [Batch(normal(10, 4), None, jax.random.key(0))]
-    with pytest.warns(UserWarning, match="activation: ranked by the norm of their weights.*: k"):
-        criteria.activation(found).prune(params, problem, counts, batches)
+    batches = [Batch(normal(10, 4), None, jax.random.key(0)) for _ in range(2)]
+    with pytest.warns(UserWarning, match="activation: ranked by what products give there.*: k"):
+        _, masks = criteria.activation(found).prune(params, problem, counts, batches)
+    x = np.concatenate([batch.x for batch in batches]).astype("d")
+    squares = ((x @ params["q"]) ** 2).mean(0) + ((x @ params["k"]) ** 2).mean(0)
+    for mask in masks.values():
+        assert sorted(np.flatnonzero(~np.asarray(mask[0]).any(0))) == sorted(
+            np.argsort(squares)[:3]
+        )
+
+
+def test_groups_that_no_product_makes_are_ranked_by_their_weights():
+    table = lambda p, x: (p["table"][x] * p["scale"][None]).sum(1)  # noqa: E731
+    params = {"table": normal(7, 6), "scale": np.ones(6, "f")}
+    x = np.array([0, 3, 5])
+    found = jp.dependency_graph(table, params, x)
+    granularity = jp.group(found)
+    counts = jp.counts(params, [0.5], granularity=granularity)
+    problem = Problem(table, lambda p, b: table(p, b.x))
+    batches = [Batch(x, None, jax.random.key(0))]
+    with pytest.warns(UserWarning, match="activation: ranked by the norm of their weights"):
+        _, masks = criteria.activation(found).prune(params, problem, counts, batches)
+    norms = np.linalg.norm(params["table"], axis=0)
+    assert sorted(np.flatnonzero(~np.asarray(masks["table"][0]).any(0))) == sorted(
+        np.argsort(norms)[:3]
+    )
 
 
 def test_layer_errors_are_those_by_hand():

@@ -129,18 +129,23 @@ def refit(method: Correction, *, damping: float = 0.01) -> Correction:
     return Correction(f"{method.name}+refit", settings, prune, method.scores)
 
 
-def obs(*, damping: float = 0.01, block: int = 128, n_m: NM = None) -> Correction:
+def obs(
+    *, damping: float = 0.01, block: int = 128, n_m: NM = None, weighted: bool = True
+) -> Correction:
     r"""Prune the weights whose loss changes a layer's outputs least, and correct the others.
 
-    Optimal brain surgeon for each layer's least squares, $\|X V - X_d W\|^2$: of the solution $V_0$
-    without a mask, weights with the smallest $v_0^2 / (H^{-1})_{ii}$ go; then input by input what
-    goes is made up for by the weights of later inputs.
+    Optimal brain surgeon for each layer's least squares,
+    $\sum_o c_o \|X v_o - X_d w_o\|^2$: of the solution $V_0$ without a mask, weights with the
+    smallest $c_o v_0^2 / (H^{-1})_{ii}$ go; then input by input what goes is made up for by the
+    weights of later inputs.
 
     Args:
         damping: as of `refit`.
         block: inputs between which later ones are corrected at once; speed, not results, depend on
             it.
         n_m: (n, m) keeps n of every m inputs of an output, of layers whose count is not 0.
+        weighted: whether errors of outputs count as the network is sensitive to them, $c_o$ from
+            `sensitivity`; else all count alike.
 
     Raises:
         ValueError: when made: damping or block that are not positive; when used: m that does not
@@ -149,21 +154,24 @@ def obs(*, damping: float = 0.01, block: int = 128, n_m: NM = None) -> Correctio
     Reference:
         Frantar, Alistarh. SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot.
         ICML 2023. There weights are chosen block by block, each of which loses as many; here in the
-        whole layer, and targets are the dense network's outputs. Hassibi, Stork. Second order
-        derivatives for network pruning: Optimal Brain Surgeon. NIPS 1992.
+        whole layer, targets are the dense network's outputs, and outputs are weighted. Hassibi,
+        Stork. Second order derivatives for network pruning: Optimal Brain Surgeon. NIPS 1992.
     """
     _check_positive("damping", damping)
     _check_positive("block", block)
 
     def solve(given: LeastSquares, equations: solvers.Normal, pruned: int) -> tuple[Array, Array]:
         start, inverse = solvers.unconstrained(equations)
-        kept = solvers.by_loss(start, inverse, pruned, n_m, given.free)
+        kept = solvers.by_loss(start, inverse, given.worth, pruned, n_m, given.free)
         return solvers.sweep(inverse, start, _extended(kept, given.free), block), kept
 
-    return _layerwise("obs", {"damping": damping, "block": block}, n_m, damping, solve)
+    settings = {"damping": damping, "block": block, "weighted": weighted}
+    return _layerwise("obs", settings, n_m, solve)
 
 
-def alps(*, damping: float = 0.01, iterations: int = 100, n_m: NM = None) -> Correction:
+def alps(
+    *, damping: float = 0.01, iterations: int = 200, n_m: NM = None, weighted: bool = True
+) -> Correction:
     r"""Find weights and mask of a layer together by ADMM, and fit the weights to the mask.
 
     Where the mask of `obs` does better under such a fit, it is taken.
@@ -172,6 +180,7 @@ def alps(*, damping: float = 0.01, iterations: int = 100, n_m: NM = None) -> Cor
         damping: as of `refit`.
         iterations: of ADMM, each two products of the layer's size.
         n_m: as of `obs`.
+        weighted: as of `obs`.
 
     Raises:
         ValueError: as of `obs`.
@@ -179,7 +188,7 @@ def alps(*, damping: float = 0.01, iterations: int = 100, n_m: NM = None) -> Cor
     Reference:
         Meng, Behdin, Wang, Mazumder. ALPS: Improved Optimization for Highly Sparse One-Shot Pruning
         for Large Language Models. NeurIPS 2024. Here the last step is `refit`'s, and targets are
-        the dense network's outputs.
+        the dense network's outputs, which are weighted.
     """
     _check_positive("damping", damping)
     _check_positive("iterations", iterations)
@@ -187,21 +196,23 @@ def alps(*, damping: float = 0.01, iterations: int = 100, n_m: NM = None) -> Cor
     def solve(given: LeastSquares, equations: solvers.Normal, pruned: int) -> tuple[Array, Array]:
         start, inverse = whole = solvers.unconstrained(equations)
         masks = (
-            solvers.admm(equations, start, pruned, iterations, n_m, given.free),
-            solvers.by_loss(start, inverse, pruned, n_m, given.free),  # may be better where few
+            solvers.admm(equations, start, given.worth, pruned, iterations, n_m, given.free),
+            # May be better where few are kept.
+            solvers.by_loss(start, inverse, given.worth, pruned, n_m, given.free),
         )
         fits = [solvers.refit(equations, _extended(kept, given.free), whole) for kept in masks]
-        best = int(np.argmin([solvers.objective(equations, weights) for weights in fits]))
+        errors = [solvers.objective(equations, weights, given.worth) for weights in fits]
+        best = int(np.argmin(errors))
         return fits[best], masks[best]
 
-    return _layerwise("alps", {"damping": damping, "iterations": iterations}, n_m, damping, solve)
+    settings = {"damping": damping, "iterations": iterations, "weighted": weighted}
+    return _layerwise("alps", settings, n_m, solve)
 
 
 def _layerwise(
     name: str,
     settings: dict[str, Any],
     n_m: NM,
-    damping: float,
     solve: Callable[[LeastSquares, solvers.Normal, int], tuple[Array, Array]],
 ) -> Correction:
     """Return a method that prunes each layer by its own least squares."""
@@ -220,7 +231,8 @@ def _layerwise(
         def one(layer: Layer, level: int, given: LeastSquares) -> Any:
             if not some[level]:
                 return None
-            equations, goes = solvers.normal(given, damping), int(pruned[layer.path][level])
+            equations = solvers.normal(given, settings["damping"])
+            goes = int(pruned[layer.path][level])
             if not goes:
                 kept = jnp.ones(given.weights.shape, bool)
                 return _fit(equations, kept), kept[:, : kept.shape[1] - given.free]
@@ -230,8 +242,9 @@ def _layerwise(
         inputs = [batch.x for batch in batches]
         sizes = jax.tree.map(jnp.abs, params)
         others = masks_at(sizes, counts, granularity=_counted(pruned))  # where nothing is solved
-        found, masks = layer_by_layer(problem.apply, params, inputs, others, one)
-        return found, masks
+        return layer_by_layer(
+            problem.apply, params, inputs, others, one, weighted=settings["weighted"]
+        )
 
     return Correction(name, settings, prune)
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import arrays, trees
+from jaxprune.criteria.sensitivity import sensitivities
 from jaxprune.structure.flat import Flat
 from jaxprune.structure.inputs import input_rows
 from jaxprune.structure.layers import Layer, layer_of
@@ -20,6 +21,7 @@ from jaxprune.structure.sources import Product
 from jaxprune.types import Apply, Array, Masks, Params
 
 _MOST_INPUTS = 20_000  # of a layer
+_LEAST_WORTH = 1e-6  # of an output, so that what moves nothing is told apart too
 
 
 class LeastSquares(NamedTuple):
@@ -33,12 +35,14 @@ class LeastSquares(NamedTuple):
         moments: $X^T X$ over the number of rows, (batched, inputs, inputs).
         cross: $X^T X_d$ over the number of rows, likewise.
         free: how many of the last inputs are no weights but the bias, whose input is one.
+        worth: how much an error of each output counts, (batched, outputs), one in the mean.
     """
 
     weights: Array
     moments: Array
     cross: Array
     free: int
+    worth: Array
 
 
 class Site(NamedTuple):
@@ -65,7 +69,13 @@ The weights have a row more for each free input. None: the layer stays as it is.
 
 
 def layer_by_layer(
-    apply: Apply, params: Params, batches: Sequence[Any], masks: Masks, solve: Solve
+    apply: Apply,
+    params: Params,
+    batches: Sequence[Any],
+    masks: Masks,
+    solve: Solve,
+    *,
+    weighted: bool = False,
 ) -> tuple[Params, Masks]:
     """Change one layer after the other, in the order of the program, at all levels.
 
@@ -80,6 +90,7 @@ def layer_by_layer(
             weights of products outside of loops, or are something else besides. They are masked
             from the start, with a warning.
         solve: called for each layer and level.
+        weighted: whether errors of a layer's outputs count as the network is sensitive to them.
 
     Returns:
         Parameters and masks with a leading levels axis; the masks given, where nothing was solved.
@@ -105,6 +116,7 @@ def layer_by_layer(
         if i not in solved_for and np.ndim(dense[i]) > 1 and not all(own[i].all() for own in given)
     ])  # fmt: skip
     first = [flat.inputs(x) for x in batches]
+    worths = _worths(flat, sites, dense, first) if weighted else {}
     states, at = [first] * (levels + 1), 0  # the dense network's is the last
     for site in sites:
         start = min(site.products)
@@ -118,8 +130,9 @@ def layer_by_layer(
             if site.bias is not None:
                 weights = jnp.concatenate([weights, dense[site.bias][None, None]], axis=1)
             free = int(site.bias is not None)
+            worth = worths.get(site.number, jnp.ones((weights.shape[0], weights.shape[2])))
             with _named(site.layer.path):
-                solved = solve(site.layer, level, LeastSquares(weights, *found, free))
+                solved = solve(site.layer, level, LeastSquares(weights, *found, free, worth))
                 if solved is not None and not jnp.isfinite(solved[0]).all():
                     raise np.linalg.LinAlgError
             if solved is None:
@@ -199,6 +212,29 @@ def _sites(flat: Flat, paths: Sequence[tuple[str, Any]]) -> list[Site]:
             alone = not more and layer.groups == 1 and not layer.batched
             found.append(Site(number, layer, products, product.bias if alone else None))
     return sorted(found, key=lambda site: min(site.products))
+
+
+def _worths(
+    flat: Flat, sites: Sequence[Site], leaves: list[Array], batches: Sequence[Any]
+) -> dict[int, Array]:
+    """Return how much errors of layers' outputs count, (batched, outputs), by number of leaf."""
+    found = sensitivities(flat, leaves, batches, {site.number: [*site.products] for site in sites})
+    worths = {}
+    for site in sites if found is not None else ():
+        worth = jnp.max(to_matrix(found[site.number], site.layer), axis=1).astype(jnp.float32)
+        mean = jnp.mean(worth)
+        scaled = worth / jnp.where(mean > 0, mean, 1)
+        worths[site.number] = jnp.where(mean > 0, jnp.maximum(scaled, _LEAST_WORTH), 1)
+    return worths
+
+
+def output_worths(apply: Apply, params: Params, batches: Sequence[Any]) -> dict[str, Array]:
+    """Return by path how much errors of layers' outputs count; see `LeastSquares`."""
+    flat, leaves = Flat.of(apply, params, batches[0]), trees.paths_and_leaves(params)
+    sites = _sites(flat, leaves)
+    inputs = [flat.inputs(x) for x in batches]
+    found = _worths(flat, sites, [jnp.asarray(leaf) for _, leaf in leaves], inputs)
+    return {leaves[number][0]: worth for number, worth in found.items()}
 
 
 def _advance(

@@ -61,24 +61,28 @@ def largest(scores: Array, pruned: Any, n_m: tuple[int, int] | None = None) -> A
     return select.keep_in_windows(scores, *n_m, axis=1)
 
 
-def by_loss(start: Array, inverse: Array, pruned: Any, n_m: Any, free: int) -> Array:
-    r"""Keep the weights without which the error would rise most, $v^2 / (H^{-1})_{ii}$.
+def by_loss(
+    start: Array, inverse: Array, worth: Array, pruned: Any, n_m: Any, free: int
+) -> Array:  # fmt: skip
+    r"""Keep the weights without which the error would rise most, $c_o v^2 / (H^{-1})_{ii}$.
 
     Args:
         start: the solution without a mask.
         inverse: of the left side.
+        worth: $c$, how much an error of each output counts, (batched, outputs).
         pruned: as of `largest`, like `n_m`.
         n_m: likewise.
         free: how many of the last inputs are no weights.
     """
-    worth = start**2 / jnp.diagonal(inverse, axis1=-2, axis2=-1)[..., None]
-    return largest(worth[:, : start.shape[1] - free], pruned, n_m)
+    rise = worth[:, None] * start**2 / jnp.diagonal(inverse, axis1=-2, axis2=-1)[..., None]
+    return largest(rise[:, : start.shape[1] - free], pruned, n_m)
 
 
 @jax.jit
-def objective(equations: Normal, weights: Array) -> Array:
-    r"""Return the damped error of weights, but for what is the same for all."""
-    return jnp.sum(weights * (equations.left @ weights - 2 * equations.right))
+def objective(equations: Normal, weights: Array, worth: Array) -> Array:
+    r"""Return the damped error of weights, weighted, but for what is the same for all."""
+    errors = weights * (equations.left @ weights - 2 * equations.right)
+    return jnp.sum(worth[:, None] * errors)
 
 
 def refit(equations: Normal, kept: Array, whole: tuple[Array, Array] | None = None) -> Array:
@@ -246,13 +250,14 @@ def _swept(upper: Array, weights: Array, kept: Array, block: int) -> Array:
 
 
 def admm(
-    equations: Normal, start: Array, pruned: Any, iterations: int, n_m: Any, free: int
+    equations: Normal, start: Array, worth: Array, pruned: Any, iterations: int, n_m: Any, free: int
 ) -> Array:
     """Return which weights are kept, by alternating between the layer's error and the count.
 
     Args:
         equations: of the layer.
         start: weights, whose largest share in the outputs are kept at first.
+        worth: how much an error of each output counts, (batched, outputs).
         pruned: how many go.
         iterations: each of one product with the eigenvectors of the left side and back.
         n_m: see `largest`.
@@ -260,8 +265,9 @@ def admm(
     """
     left, right = equations
     scale = jnp.sqrt(jnp.diagonal(left, axis1=-2, axis2=-1))[..., None]
-    parts = _linear("eigh", left / (scale * jnp.swapaxes(scale, -1, -2)))
-    return _alternated(*parts, right / scale, scale * start, pruned, iterations, n_m, free)
+    parts, own = _linear("eigh", left / (scale * jnp.swapaxes(scale, -1, -2))), jnp.sqrt(worth)
+    right, start = (own[:, None] * each for each in (right / scale, scale * start))
+    return _alternated(*parts, right, start, pruned, iterations, n_m, free)
 
 
 @partial(jax.jit, static_argnames=("iterations", "n_m", "free"))
@@ -293,4 +299,4 @@ def _alternated(
     return project(found[0])[1][:, : n - free]
 
 
-_FIRST, _GROWTH = 0.03, 1.04
+_FIRST, _GROWTH = 0.03, 1.02

@@ -2,7 +2,7 @@
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 from jaxprune import trees
 from jaxprune.criteria.corrections import joined
 from jaxprune.criteria.gradients import check_gradients, over_examples
-from jaxprune.criteria.layerwise import to_matrix
+from jaxprune.criteria.layerwise import output_worths, to_matrix
 from jaxprune.masks import apply_masks, keep_pieces
 from jaxprune.structure import layer_inputs
 from jaxprune.structure.graph import Graph, Group
@@ -36,23 +36,27 @@ def reconstruction(
     granularity: Granularity | None = None,
     damping: float = 0.001,
     steps: int = 150,
+    weighted: bool = True,
 ) -> Correction:
     r"""Prune the units without which the layers that take them in can still give their outputs.
 
     Units go a few at a time, those first that cost least: for a layer of inputs $X$ that takes unit
     $u$ in, $B_u^T ((H^{-1})_{uu})^{-1} B_u$ with $H = X^T X + \lambda I$ and $B$ the least squares
-    solution on the units left, summed over such layers. Nothing is corrected
-    here; `refit(reconstruction(graph))` fits the layers to what is left.
+    solution on the units left, summed over such layers, and over their outputs as the network is
+    sensitive to them. Nothing is corrected here; `refit(reconstruction(graph))` fits the layers to
+    what is left.
 
     Args:
         graph: what `dependency_graph` returns, whose groups the counts are of.
         granularity: what the counts are of; by default `structure.group(graph)`.
         damping: $\lambda$, as a share of the mean square of the inputs.
         steps: in how many steps all units go; more is more exact, and slower.
+        weighted: as of `obs`.
 
     Returns:
-        A method; of a group that no matrix product takes in, units are ranked by the norm of their
-        weights, with a warning.
+        A method; of a group that no matrix product takes in alone, as of queries and keys, units
+        are ranked by the root mean square of what the products give that make them, and where
+        none does by the norm of their weights; a warning says so.
 
     Raises:
         ValueError: when made: damping or steps that are not positive.
@@ -67,14 +71,16 @@ def reconstruction(
             raise ValueError(f"{name} must be positive, got {value}")
 
     def ranks(params: Params, problem: Problem, batches: Sequence[Batch]) -> dict[str, Array]:
-        found = layer_inputs(problem.apply, params, [b.x for b in batches], _moments)
-        consumers = _consumers(graph, params, found)
+        inputs = [batch.x for batch in batches]
+        found = layer_inputs(problem.apply, params, inputs, _moments)
+        worths = output_worths(problem.apply, params, inputs) if weighted else {}
+        consumers = _consumers(graph, params, found, worths)
         return {
             name: _order(graph[name].size, [_Consumer(*of, damping) for of in each], steps)
             for name, each in consumers.items()
         }
 
-    settings = {"damping": damping, "steps": steps}
+    settings = {"damping": damping, "steps": steps, "weighted": weighted}
     return _by_group("reconstruction", settings, graph, granularity, ranks)
 
 
@@ -92,7 +98,7 @@ def activation(graph: Graph, *, granularity: Granularity | None = None) -> Corre
         found = layer_inputs(problem.apply, params, [b.x for b in batches], _squares)
         return {
             name: jnp.asarray(np.sqrt(sum(squares[rows].sum(1) for squares, _, rows in each)))
-            for name, each in _consumers(graph, params, found).items()
+            for name, each in _consumers(graph, params, found, {}).items()
         }
 
     return _by_group("activation", {}, graph, granularity, ranks)
@@ -150,17 +156,49 @@ def _by_group(
     ) -> tuple[Params, Masks]:
         found, norms = ranks(params, problem, batches), granularity.rank(params)
         others = [each for each in norms if each not in found]
-        if others:
-            warnings.warn(
-                f"{name}: ranked by the norm of their weights, as no product with weights takes "
-                f"them in alone: {', '.join(others)}",
-                stacklevel=2,
-            )
+        values = _values(graph, params, problem, batches, others) if others else {}
+        for by, which in (
+            ("what products give there", [each for each in others if each in values]),
+            ("the norm of their weights", [each for each in others if each not in values]),
+        ):
+            if which:
+                warnings.warn(
+                    f"{name}: ranked by {by}, as no product with weights takes them in alone: "
+                    f"{', '.join(which)}",
+                    stacklevel=2,
+                )
+        found = {**values, **found}
         pieces = OrderedDict((each, found.get(each, norm)) for each, norm in norms.items())
         masks = granularity.spread(keep_pieces(pieces, counts, granularity), params)
         return jax.vmap(apply_masks, (None, 0))(params, masks), masks
 
     return Correction(name, settings, prune)
+
+
+def _values(
+    graph: Graph, params: Params, problem: Problem, batches: Sequence[Batch], names: Sequence[str]
+) -> dict[str, Array]:
+    """Return the root mean square of what the products that make units give, before a bias."""
+    inputs = layer_inputs(problem.apply, params, [batch.x for batch in batches], _moments)
+    layers = {layer.path: (layer, *of) for layer, of in inputs.items()}
+    leaves, found = dict(trees.paths_and_leaves(params)), {}
+    for each in (graph[name] for name in names):
+        total = np.zeros(each.size)
+        for member in each.members:
+            if "produces" not in member.role or member.path not in layers:
+                continue
+            layer, sums, count = layers[member.path]
+            if member.axis not in layer.outputs or layer.batched or layer.groups > 1:
+                continue
+            weights = np.asarray(to_matrix(jnp.asarray(leaves[member.path]), layer)[0], np.float64)
+            squares = np.sum(weights * (np.asarray(sums / count, np.float64) @ weights), axis=0)
+            shape = [np.shape(leaves[member.path])[i] for i in layer.outputs]
+            along = np.moveaxis(squares.reshape(shape), layer.outputs.index(member.axis), 0)
+            there = member.index >= 0
+            np.add.at(total, member.index[there], along.reshape(len(along), -1).sum(1)[there])
+        if total.any():
+            found[each.name] = jnp.asarray(np.sqrt(np.maximum(total, 0)), jnp.float32)
+    return found
 
 
 def _unit_sums(group: Group, shares: dict[str, Array]) -> Array:
@@ -190,7 +228,9 @@ _Taken = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Of a layer that takes units in: what is known of its inputs, its weights, and (units, rows)."""
 
 
-def _consumers(graph: Graph, params: Params, found: dict[Layer, Any]) -> dict[str, list[_Taken]]:
+def _consumers(
+    graph: Graph, params: Params, found: dict[Layer, Any], worths: Mapping[str, Array]
+) -> dict[str, list[_Taken]]:
     """Return by group the layers that take its units in, each with means over their rows."""
     layers = {layer.path: (layer, *of) for layer, of in found.items()}
     leaves = dict(trees.paths_and_leaves(params))
@@ -209,6 +249,8 @@ def _consumers(graph: Graph, params: Params, found: dict[Layer, Any]) -> dict[st
             own = [rows[member.index == unit].ravel() for unit in range(each.size)]
             if len({len(of) for of in own}) == 1 and len(own[0]):
                 weights = to_matrix(jnp.asarray(leaves[member.path]), layer)[0]
+                worth = worths.get(member.path, jnp.ones((1, weights.shape[1])))
+                weights = weights * jnp.sqrt(worth).astype(weights.dtype)
                 taken = np.asarray(sums / count), np.asarray(weights), np.stack(own)
                 consumers.setdefault(each.name, []).append(taken)
     return consumers

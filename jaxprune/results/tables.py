@@ -152,8 +152,7 @@ def tables(rows: Sequence[Row], metrics: Sequence[Metric]) -> list[Table]:
         for arm, levels in own.items():
             for metric in shown:
                 by_level[heads[arm], _head(metric)] = {
-                    level: cell(here, metric, places[metric.name])
-                    for level, here in levels.items()
+                    level: cell(here, metric, places[metric.name]) for level, here in levels.items()
                 }
             by_level[heads[arm], "remaining"] = {k: _weights(levels[k]) for k in levels}
             first = next(other for other in own if other.granularity == arm.granularity)
