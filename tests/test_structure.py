@@ -717,6 +717,28 @@ def test_a_live_chain_between_dead_ends_is_not_cut() -> None:
     assert plan.widths["a"] == plan.widths["b"] == (2, 2)
 
 
+def test_constants_of_units_that_stay_are_not_folded() -> None:
+    """The mean takes the unit's bias in, which learns: it cannot go, and its weights go on too."""
+
+    def apply(params: Any, x: Any) -> Any:
+        y = x @ params["kernel"] + params["bias"][None]
+        mean = y.mean(-1, keepdims=True)
+        scaled = (y - mean) * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) - mean**2 + 0.1)
+        shifted = scaled * params["scale"][None] + params["shift"][None]
+        return shifted @ params["last"] + params["out"][None]
+
+    shapes = {"kernel": (4, 6), "bias": (6,), "scale": (6,), "shift": (6,), "last": (6, 3)}
+    params, x = draw({**shapes, "out": (3,)}), normal(5, 4)
+    masks = {name: np.ones(leaf.shape, bool) for name, leaf in params.items()}
+    masks["kernel"][:, 2:] = False
+    masks["scale"][:5] = False
+    masks["shift"][[0, 1, 3, 5]] = False
+    masks["last"][5] = False
+    plan = compaction(apply, params, masks, x)
+    jax.tree.map(np.testing.assert_array_equal, plan.params, masked_by_hand(params, masks))
+    check_compact(derivative(apply), params, masks, plan, [x, normal(2, 4)], 1e-5)
+
+
 def test_constants_are_folded_into_the_next_bias() -> None:
     def apply(params: Any, x: Any) -> Any:
         x = jax.nn.sigmoid(x @ params["a"]["kernel"] + params["a"]["bias"][None])

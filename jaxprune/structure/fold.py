@@ -13,6 +13,7 @@ from jax.extend.core import ClosedJaxpr
 from jaxprune.structure import axes as ax
 from jaxprune.structure.facts import Facts, Place
 from jaxprune.structure.program import Program
+from jaxprune.structure.removal import removable
 from jaxprune.structure.rules.base import Keep
 from jaxprune.structure.sources import read
 
@@ -36,6 +37,8 @@ def fold_constants(
 ) -> tuple[list[Any], list[np.ndarray]] | None:
     """Return leaves and masks with what can be folded; None if nothing can.
 
+    Units that could not be removed afterwards stay as they are.
+
     Args:
         program: the network.
         leaves: its parameters, NumPy arrays, masked.
@@ -43,9 +46,27 @@ def fold_constants(
         facts: what is known of them from the masks.
         keep: the units kept so far.
     """
-    sums = _sums(program)
-    if not sums:
-        return None
+    sums, stay = _sums(program), {}
+    while sums and (found := _fold(program, sums, leaves, masks, facts, keep, stay)) is not None:
+        *folded, gone = found
+        left, *_ = removable(program, folded[1])
+        late = {atom: units & left.get(atom, True) for atom, units in gone.items()}
+        if not any(units.any() for units in late.values()):
+            return folded[0], folded[1]
+        stay = {atom: units | stay.get(atom, False) for atom, units in late.items()}
+    return None
+
+
+def _fold(
+    program: Program,
+    sums: dict[Place, _Sum],
+    leaves: list[Any],
+    masks: list[np.ndarray],
+    facts: list[Facts],
+    keep: Keep,
+    stay: Keep,
+) -> tuple[list[Any], list[np.ndarray], Keep] | None:
+    """Fold all units but those that `stay`; return which, too."""
     gone: Keep = {}
     for leaf, axis, atom, index in program.occurrences():
         if np.ndim(leaves[leaf]) > 1 and atom.reason is None:
@@ -63,6 +84,7 @@ def fold_constants(
     sites = program.interpret(known, {eqn: s.operand for eqn, s in sums.items()})
     for atom in gone:
         gone[atom] &= ~sites.matter.get(atom, np.ones(atom.size, bool))
+        gone[atom] &= ~stay.get(atom, np.zeros(atom.size, bool))
         if not (keep.get(atom, np.ones(atom.size, bool)) & ~gone[atom]).any():
             gone[atom][:] = False  # one would stay, and it must go on to learn as it did
     folded = False
@@ -86,7 +108,7 @@ def fold_constants(
             zero = _positions(axes[0], gone) & (leaves[leaf] == 0) & masks[leaf]
             masks[leaf][zero] = False
             folded |= bool(zero.any())
-    return (leaves, masks) if folded else None
+    return (leaves, masks, gone) if folded else None
 
 
 def _positions(axis: ax.Axis, gone: Keep) -> np.ndarray:
