@@ -27,7 +27,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 OF_WEIGHTS = (
     "magnitude", "random", "synflow*100", "saliency", "grasp", "fisher", "wanda", "ria", "obs",
-    "alps", "fisher_obs", "magnitude+refit", "wanda+refit", "obs+refit",
+    "alps", "fisher_obs", "magnitude+refit", "wanda+refit",
 )  # fmt: skip
 OF_UNITS = (
     "magnitude", "l1", "random", "saliency", "taylor2", "activation", "reconstruction",

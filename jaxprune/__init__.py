@@ -31,6 +31,12 @@ if TYPE_CHECKING:
     from jaxprune.networks import nnx as nnx
     from jaxprune.report import write_report as write_report
     from jaxprune.results import load_run as load_run
+    from jaxprune.schedules import constant as constant
+    from jaxprune.schedules import cosine as cosine
+    from jaxprune.schedules import cubic as cubic
+    from jaxprune.schedules import geometric as geometric
+    from jaxprune.schedules import linear as linear
+    from jaxprune.schedules import one_shot_at as one_shot_at
     from jaxprune.sparse import compile_sparse as compile_sparse
     from jaxprune.sparse import load_sparse as load_sparse
     from jaxprune.sparse import save_sparse as save_sparse
@@ -50,6 +56,15 @@ if TYPE_CHECKING:
     from jaxprune.tasks import regression as regression
     from jaxprune.tasks import tokens as tokens
     from jaxprune.train import make_train as make_train
+    from jaxprune.transforms import forward as forward
+    from jaxprune.transforms import gradual as gradual
+    from jaxprune.transforms import masks_of as masks_of
+    from jaxprune.transforms import rigl as rigl
+    from jaxprune.transforms import set as set
+    from jaxprune.transforms import sparsify as sparsify
+    from jaxprune.transforms import static as static
+    from jaxprune.transforms import ste as ste
+    from jaxprune.transforms import update_masks as update_masks
     from jaxprune.types import Batch as Batch
     from jaxprune.types import Criterion as Criterion
     from jaxprune.types import Granularity as Granularity
@@ -75,9 +90,11 @@ _MODULES = {
         "compact compaction dependency_graph group group_masks layer_inputs layers prunable "
         "remaining"
     ),
+    "schedules": "constant cosine cubic geometric linear one_shot_at",
     "study": "prune_curve run_sweep",
     "tasks": "classification own_loss regression tokens",
     "train": "make_train",
+    "transforms": "forward gradual masks_of rigl set sparsify static ste update_masks",
     "types": "Batch Criterion Granularity Metric Network Problem Task",
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}

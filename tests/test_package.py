@@ -25,9 +25,9 @@ PACKAGE = ROOT / "jaxprune"
 # A module imports only from those before it, and so does a file of the study.
 ORDER = (
     "config types trees files data networks tasks arrays granularity distribution select "
-    "masks structure identity criteria schedules train evaluate sparse checkpoints results "
-    "figures report study.setup study.parts study.programs study.progress study.epoch "
-    "study.dense study.record study.stages study.sweep study"
+    "masks structure identity criteria schedules transforms train evaluate sparse checkpoints "
+    "results figures report study.setup study.parts study.programs study.progress "
+    "study.epoch study.dense study.record study.stages study.sweep study"
 ).split()
 OPTIONAL = {package for packages in jaxprune._EXTRAS.values() for package in packages.split()}
 FILES = {
@@ -101,7 +101,7 @@ def test_import_is_light() -> None:
 
 def test_settings_data_and_results_need_no_jax() -> None:
     code = """
-        import jaxprune.config, jaxprune.data, jaxprune.files, jaxprune.results, jaxprune.schedules
+        import jaxprune.config, jaxprune.data, jaxprune.files, jaxprune.results
         print(len(jaxprune.load_run("figures").rows))
     """
     assert int(run_python(code, "jax", "jaxlib", "jaxtyping")) > 0

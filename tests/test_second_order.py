@@ -7,6 +7,7 @@ import pytest
 
 import jaxprune as jp
 from jaxprune import criteria, trees
+from jaxprune.criteria.corrections import joined
 from jaxprune.criteria.fisher import _inverse
 from jaxprune.types import Batch, Problem
 
@@ -71,8 +72,8 @@ def test_fisher_obs_is_that_of_numpy(block):
             rtol=2e-3, atol=2e-4,
         )  # fmt: skip
         np.testing.assert_array_equal(found["out"][level], PARAMS["out"])
-    batch = criteria.corrections.joined(BATCHES)
-    scores = jax.jit(lambda params: method.scores(params, PROBLEM, batch))(PARAMS)
+    assert method.scores is not None
+    scores = jax.jit(method.scores, static_argnums=1)(PARAMS, PROBLEM, joined(BATCHES))
     np.testing.assert_allclose(scores["a"].ravel(), worth, rtol=2e-3)
     assert not scores["out"].any()  # of no piece: no blocks of it are made
 

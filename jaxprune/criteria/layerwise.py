@@ -220,7 +220,9 @@ def _worths(
     """Return how much errors of layers' outputs count, (batched, outputs), by number of leaf."""
     found = sensitivities(flat, leaves, batches, {site.number: [*site.products] for site in sites})
     worths = {}
-    for site in sites if found is not None else ():
+    if found is None:
+        return worths
+    for site in sites:
         worth = jnp.max(to_matrix(found[site.number], site.layer), axis=1).astype(jnp.float32)
         mean = jnp.mean(worth)
         scaled = worth / jnp.where(mean > 0, mean, 1)

@@ -67,7 +67,10 @@ def sensitivities(
         probes = {i: jnp.zeros(aval.shape, aval.dtype) for i, aval in avals.items()}
         slopes = jax.grad(moved)(probes, leaves, inputs, key)
         return {
-            number: sum(_by_weight(flat, leaves, number, i, slopes[i] ** 2) for i in those)
+            number: sum(
+                (_by_weight(flat, leaves, number, i, slopes[i] ** 2) for i in those),
+                jnp.zeros_like(leaves[number]),
+            )
             for number, those in wanted.items()
         }
 

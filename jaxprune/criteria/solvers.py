@@ -193,7 +193,9 @@ def _iterated(equations: Normal, kept: Array, start: Array, inverse: Array) -> A
     def step(found: Any) -> Any:
         solved, residual, direction, size, steps = found
         moved = masked(left @ direction)
-        along = ratio(size, dot(direction, moved))
+        # Outputs that are done stand still: rounding would blow up what is left of them.
+        going = dot(residual, residual) > wanted
+        along = jnp.where(going, ratio(size, dot(direction, moved)), 0)
         solved, residual = solved + along * direction, residual - along * moved
         guided = masked(inverse @ residual)
         new = dot(residual, guided)

@@ -264,7 +264,9 @@ def _updates(running: Running, stage: Stage) -> dict[int, Counts]:
     targets = [sparsity_of_level(level) for level in stage.levels]
     steps = schedules.update_steps(pruning * running.steps, pruning * UPDATES_PER_EPOCH)
     return {
-        step: running.setup.counts(stage.arm, [schedules.cubic(t, progress) for t in targets])
+        step: running.setup.counts(
+            stage.arm, [t * schedules.cubic_share(progress) for t in targets]
+        )
         for step, progress in steps.items()
     }
 
