@@ -39,6 +39,8 @@ RULES = {
 }
 FINAL = {"static": 0.5, "gradual": 0.8, "saliency": 0.7, "global": 0.6, "units": 0.5, "2:4": 0.5,
          "set": 0.7, "rigl": 0.7, "rigl, global": 0.7}  # fmt: skip
+slow = pytest.mark.slow
+FIRST = [pytest.param(n, marks=() if n in ("gradual", "set") else slow) for n in RULES]
 OPTIMIZERS = {
     "sgd": optax.sgd(0.05, momentum=0.9, nesterov=True),
     "adamw": optax.adamw(0.01, weight_decay=0.1),
@@ -46,6 +48,9 @@ OPTIMIZERS = {
     "clipped": optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.01)),
     "adafactor": optax.adafactor(0.01),
 }
+
+
+SHOWN = {("gradual", "adamw"), ("rigl", "sgd"), ("rigl", "muon"), ("gradual", "adafactor")}
 
 
 def loss(params, x, y):
@@ -114,8 +119,13 @@ def test_counts_are_exact_and_pruned_weights_zero_at_every_step(name):
     assert int(state.step) == 24
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("name", ["gradual", "rigl"])
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    [
+        pytest.param(name, other, marks=() if (name, other) in SHOWN else slow)
+        for name in ("gradual", "rigl") for other in OPTIMIZERS
+    ],
+)  # fmt: skip
 def test_any_optimizer_keeps_zeros_and_its_state_forgets_what_goes(name, optimizer):
     params, state, seen = trained(sparsify(OPTIMIZERS[optimizer], RULES[name]), 50)
     assert_zero(params, seen[-1])
@@ -126,7 +136,7 @@ def test_any_optimizer_keeps_zeros_and_its_state_forgets_what_goes(name, optimiz
                 assert np.all(np.abs(np.asarray(leaf)[~np.asarray(mask)]) < 1e-29), path
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", FIRST)
 def test_resumed_scanned_and_counted_by_itself_are_the_same(name):
     tx = sparsify(OPTIMIZERS["sgd"], RULES[name], seed=3)
     whole = trained(tx, 24)
@@ -251,7 +261,10 @@ def test_straight_through_keeps_dense_weights_and_runs_with_the_largest():
     np.testing.assert_allclose(updates["w"].ravel(), [0, 0.05, -0.06, 0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["gradual", "saliency", "set", "rigl"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("gradual", marks=slow), pytest.param("saliency", marks=slow), "set", "rigl"],
+)
 def test_masks_updated_from_the_host_are_those_of_the_step(name):
     rule, inner = RULES[name], optax.sgd(0.05)
     inside = sparsify(inner, rule)
