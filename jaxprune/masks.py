@@ -63,9 +63,19 @@ def masks_at(
         return granularity.spread(keep_pieces(pieces, counts, granularity), scores)
     trees.check_match("within", within, "scores", scores)
     within = jax.tree.map(lambda mask: jnp.asarray(mask, bool), within)
-    alive = granularity.rank(jax.tree.map(_where_scored, within, scores))
+    alive = alive_pieces(within, scores, granularity)
     masks = granularity.spread(keep_pieces(pieces, counts, granularity, alive), scores)
     return jax.tree.map(lambda m, w: m & jnp.expand_dims(w, range(m.ndim - w.ndim)), masks, within)
+
+
+def alive_pieces(masks: Masks, scores: Scores, granularity: Granularity) -> Pieces:
+    """Return pieces that are not zero where masks keep something; `scores` tell what has any."""
+    return granularity.rank(jax.tree.map(_where_scored, masks, scores))
+
+
+def keep_all(tree: Any) -> Masks:
+    """Return masks that prune nothing."""
+    return jax.tree.map(lambda leaf: jnp.ones(np.shape(leaf), bool), tree)
 
 
 def keep_pieces(

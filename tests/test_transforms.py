@@ -248,7 +248,7 @@ def test_regrown_weights_start_from_zero_with_no_moments():
 
 
 def test_straight_through_keeps_dense_weights_and_runs_with_the_largest():
-    tx = sparsify(optax.sgd(0.1), jp.ste(0.5, granularity=n_m(2, 4), steps=10))
+    tx = sparsify(optax.sgd(0.1), jp.ste(jp.constant(0.5, end=9), granularity=n_m(2, 4)))
     params: Any = {"w": jnp.array([[4.0], [-1.0], [2.0], [1.5]])}
     state = tx.init(params)
     sparse = jp.forward(params, state)
@@ -258,7 +258,9 @@ def test_straight_through_keeps_dense_weights_and_runs_with_the_largest():
     params = optax.apply_updates(params, updates)
     np.testing.assert_allclose(params["w"].ravel(), [4, -1, 1.2, 2.4], rtol=1e-6)
     assert jp.masks_of(state)["w"].ravel().tolist() == [True, False, False, True]
-    decayed = sparsify(optax.sgd(0.1), jp.ste(0.5, granularity=n_m(2, 4), decay=0.5))
+    decayed = sparsify(
+        optax.sgd(0.1), jp.ste(jp.constant(0.5, end=9), granularity=n_m(2, 4), decay=0.5)
+    )
     zero = jax.tree.map(jnp.zeros_like, params)
     updates, _ = decayed.update(zero, decayed.init(params), params)
     np.testing.assert_allclose(updates["w"].ravel(), [0, 0.05, -0.06, 0], rtol=1e-5)
@@ -327,7 +329,7 @@ def test_an_optimizer_state_keeps_its_masks_in_a_checkpoint(tmp_path):
         (lambda: jp.rigl(jp.cubic(0.5, begin=0, end=9)), "keeps one sparsity.*use constant"),
         (lambda: jp.static(1.5).init(PARAMS, jax.random.key(0)), r"in \[0, 1\], got 1.5"),
         (lambda: jp.gradual({0: 0.5}, criterion="unknown"), "criterion must be one of"),
-        (lambda: jp.ste(0.5, every=0), "every and steps must be at least 1"),
+        (lambda: jp.ste(jp.constant(0.5, end=9), decay=-1), "decay must be at least 0, got -1"),
         (lambda: sparsify(optax.sgd(1.0), jp.static(0.5)).init({"bias": jnp.ones(3)}),
          "no leaf of the parameters can be pruned by weight"),
         (lambda: sparsify(optax.sgd(1.0), jp.gradual({0: 0.5})).update(

@@ -77,7 +77,7 @@ def sensitivities(
     values = [[each[v] for v in jaxpr.invars[flat.leaves :]] for each in batches[:_BATCHES]]
     try:
         jax.eval_shape(squares, leaves, values[0], jax.random.key(0))
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError) as error:
         reason = str(error).split("\n")[0]
         warnings.warn(
             f"all outputs of a layer weigh alike, as the network has no derivative: {reason}",

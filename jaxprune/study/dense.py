@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxprune import trees
 from jaxprune.config import Arm, sparsity_of_level
+from jaxprune.masks import keep_all
 from jaxprune.results import Row
 from jaxprune.study.epoch import (
     Running,
@@ -22,7 +23,6 @@ from jaxprune.study.epoch import (
     sizes_of,
 )
 from jaxprune.study.parts import Part, compact
-from jaxprune.study.setup import keep_all
 from jaxprune.train import TrainState, batch_indices
 from jaxprune.types import Batch, Correction
 

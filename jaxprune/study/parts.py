@@ -12,8 +12,9 @@ import numpy as np
 import optax
 
 from jaxprune import trees
+from jaxprune.masks import keep_all
 from jaxprune.structure import Compaction
-from jaxprune.study.setup import Joined, Setup, keep_all
+from jaxprune.study.setup import Joined, Setup
 from jaxprune.train import TrainState
 from jaxprune.types import Masks, Network
 

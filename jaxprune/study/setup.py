@@ -18,7 +18,7 @@ from jaxprune.criteria import allocation
 from jaxprune.data import Data, Split
 from jaxprune.evaluate import check_arrays, check_data
 from jaxprune.granularity import named, weight
-from jaxprune.masks import warn_of_emptied
+from jaxprune.masks import keep_all, warn_of_emptied
 from jaxprune.networks import check_state
 from jaxprune.structure import Compaction
 from jaxprune.train import steps_on_host
@@ -374,8 +374,3 @@ def _remaining(together: Joined, state: State) -> Callable[[Masks], int]:
     )
     whole = keep_all(state)
     return lambda masks: count({"params": masks, "state": whole})
-
-
-def keep_all(tree: Any) -> Masks:
-    """Return masks that prune nothing."""
-    return jax.tree.map(lambda leaf: jnp.ones(np.shape(leaf), bool), tree)

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxprune import schedules, trees
 from jaxprune.config import Arm, phases, sparsity_of_level
+from jaxprune.masks import keep_all
 from jaxprune.study.dense import prune_dense
 from jaxprune.study.epoch import (
     Diverged,
@@ -29,7 +30,6 @@ from jaxprune.study.epoch import (
 )
 from jaxprune.study.parts import Part, compact, elementwise, expand
 from jaxprune.study.record import Record
-from jaxprune.study.setup import keep_all
 from jaxprune.train import TrainState, init_state
 from jaxprune.types import Batch, Counts
 

@@ -6,15 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxprune.masks import keep_all
 from jaxprune.transforms.rule import (
     Chosen,
     Rule,
     Seen,
-    all_kept,
     at,
     at_first,
     checked,
     choice,
+    constant_of,
 )
 from jaxprune.types import Granularity, Key, Masks, Params
 
@@ -74,7 +75,7 @@ def gradual(
     chosen, schedule = choice(criterion, granularity, scope), checked(schedule)
 
     def init(params: Params, key: Key) -> tuple[Masks, Any]:
-        return all_kept(params), chosen.counts(params, schedule)
+        return keep_all(params), chosen.counts(params, schedule)
 
     def update(counts: Any, seen: Seen) -> tuple[Masks, Any]:
         return chosen.select(seen, at(counts, seen.index), within=True), counts
@@ -83,8 +84,8 @@ def gradual(
 
 
 def ste(
-    sparsity: Any, *, criterion: Chosen = "magnitude", granularity: Granularity | None = None,
-    scope: Any = "layer", every: int = 1, steps: int = 1, decay: float = 0.0,
+    schedule: Mapping[int, Any], *, criterion: Chosen = "magnitude",
+    granularity: Granularity | None = None, scope: Any = "layer", decay: float = 0.0,
 ) -> Rule:  # fmt: skip
     r"""Keep dense parameters, and run the network with the largest of them: `forward`.
 
@@ -93,33 +94,30 @@ def ste(
     pruned, so that they settle.
 
     Args:
-        sparsity: in [0, 1].
+        schedule: one sparsity, and after which steps masks are updated; see `schedules.constant`.
         criterion: of the parameters.
         granularity: what is pruned as one, such as `granularity.n_m(2, 4)`.
         scope: of `counts`.
-        every: masks are updated after so many steps.
-        steps: the masks stay as they are after so many.
         decay: $\lambda$.
 
     Raises:
-        ValueError: numbers that are not positive, or a negative decay.
+        ValueError: several sparsities, or a negative decay.
 
     Example:
-        >>> rule = ste(0.5, steps=1_000, decay=2e-4)
+        >>> rule = ste(jp.constant(0.5, end=1_000), decay=2e-4)
 
     Reference:
         Bengio, Léonard, Courville. Estimating or propagating gradients through stochastic neurons.
         2013; Zhou et al. Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch.
         ICLR 2021, with the decay, as SR-STE.
     """
-    if every < 1 or steps < 1 or decay < 0:
-        raise ValueError(
-            f"every and steps must be at least 1, decay at least 0, got {every}, {steps}, {decay}"
-        )
-    chosen, schedule = choice(criterion, granularity, scope), checked({0: sparsity})
+    if decay < 0:
+        raise ValueError(f"decay must be at least 0, got {decay}")
+    schedule = checked(schedule)
+    chosen, first = choice(criterion, granularity, scope), {0: constant_of(schedule)}
 
     def init(params: Params, key: Key) -> tuple[Masks, Any]:
-        counts = chosen.counts(params, schedule)
+        counts = chosen.counts(params, first)
         seen = at_first(params, key)
         return chosen.select(seen, at(counts, 0), within=False), counts
 
@@ -132,5 +130,5 @@ def ste(
             found, params, masks,
         )  # fmt: skip
 
-    due = tuple(range(every - 1, steps, every))
-    return Rule(due, init, update, dense=True, gradients=gradients if decay else None)
+    steps = (*schedule,)
+    return Rule(steps, init, update, dense=True, gradients=gradients if decay else None)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import distribution
-from jaxprune.masks import keep_pieces
+from jaxprune.masks import alive_pieces, keep_pieces
 from jaxprune.transforms.rule import (
     Choice,
     Rule,
@@ -19,7 +19,6 @@ from jaxprune.transforms.rule import (
     checked,
     choice,
     constant_of,
-    table,
 )
 from jaxprune.types import Array, Counts, Granularity, Key, Masks, Params, Pieces
 
@@ -114,7 +113,9 @@ def _moving(
         if jax.tree.structure(counts) != jax.tree.structure(sizes):
             sizes = sum(jax.tree.leaves(sizes))
         goes = jax.tree.map(
-            lambda n, count: table([distribution.num_pruned(n - int(count), s) for s in shares]),
+            lambda n, count: np.array(
+                [distribution.num_pruned(n - int(count), s) for s in shares], np.int32
+            ),
             sizes, counts,
         )  # fmt: skip
         return chosen.select(at_first(params, key), counts, within=False), (counts, goes)
@@ -123,16 +124,12 @@ def _moving(
         (counts, goes), granularity = state, chosen.granularity
         more: Counts = jax.tree.map(lambda a, b: a + b, counts, at(goes, seen.index))
         sizes = granularity.rank(jax.tree.map(jnp.abs, seen.params))
-        alive = granularity.rank(jax.tree.map(_as_scores, seen.masks, seen.params))
+        alive = alive_pieces(seen.masks, seen.params, granularity)
         left = keep_pieces(sizes, more, granularity, alive)
         pieces = jax.tree.map(_above, left, grown(chosen, seen))
         return granularity.spread(keep_pieces(pieces, counts, granularity), seen.params), state
 
     return Rule((*schedule,), init, update)
-
-
-def _as_scores(mask: Array, w: Array) -> Array:
-    return mask if jnp.issubdtype(w.dtype, jnp.floating) else mask.astype(jnp.int8)
 
 
 def _above(kept: Array, scores: Array) -> Array:

@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxprune import criteria, distribution
 from jaxprune.granularity import weight
-from jaxprune.masks import masks_at
+from jaxprune.masks import keep_all, masks_at
 from jaxprune.types import Array, Batch, Counts, Granularity, Key, Masks, Params, Problem, Scores
 
 
@@ -125,15 +124,10 @@ def checked(schedule: Mapping[int, Any]) -> dict[int, Any]:
     return dict(sorted(schedule.items()))
 
 
-def all_kept(params: Params) -> Masks:
-    """Return masks that prune nothing."""
-    return jax.tree.map(lambda w: jnp.ones(jnp.shape(w), bool), params)
-
-
 def at_first(params: Params, key: Key) -> Seen:
     """Return what a rule sees of parameters before they are trained: no gradients."""
     nothing = jax.tree.map(jnp.zeros_like, params)
-    return Seen(all_kept(params), params, nothing, jnp.zeros((), jnp.int32), key)
+    return Seen(keep_all(params), params, nothing, jnp.zeros((), jnp.int32), key)
 
 
 def constant_of(schedule: Mapping[int, Any]) -> Fraction:
@@ -164,8 +158,3 @@ def _linear(gradients: Params) -> Problem:
         return total[None]
 
     return Problem(apply, losses)
-
-
-def table(values: Any) -> np.ndarray:
-    """Return host numbers as the int32 of a compiled table."""
-    return np.asarray(values, np.int32)

@@ -138,7 +138,7 @@ def forward(params: Params, opt_state: Any) -> Params:
 
     Example:
         >>> import optax
-        >>> tx = sparsify(optax.sgd(0.1), jp.ste(0.5))
+        >>> tx = sparsify(optax.sgd(0.1), jp.ste(jp.constant(0.5, end=9)))
         >>> params = {"w": jnp.array([[1.0, 2.0]])}
         >>> forward(params, tx.init(params))["w"].tolist()
         [[0.0, 2.0]]
@@ -191,8 +191,6 @@ def _state_of(opt_state: Any) -> SparsifyState:
         raise ValueError(
             f"the optimizer state holds masks of {len(found) or 'no'} sparsify: it must be the "
             "state of one"
-            if len(found) != 1
-            else ""
         )
     return found[0]
 
